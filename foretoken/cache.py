@@ -1,0 +1,231 @@
+"""The target's keys and values in numbered slots: rows of different length, trees at their end, paths committed.
+
+Row b has `length[b]` committed tokens. The nodes of a draft are written behind them, node i at slot `length[b] + i`; a
+mask lets each node see the committed slots and its ancestors. Committing moves the accepted path to the front of the
+nodes and counts it. A sliding layer keeps only as many slots as its window and one draft need, used as a ring: token
+position p lives at slot p mod size, in every layer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from foretoken.errors import UserError
+
+BUCKET = 64
+"""Attention reads a multiple of this many slots, not all of the capacity."""
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, stored [B * size + 1, heads, D]; the last slot takes what nobody will read."""
+
+    is_sliding = False
+
+    def __init__(self, size: int, window: int | None, check: Callable[[int], None] | None = None) -> None:
+        super().__init__()
+        self.size, self.window, self.check = size, window, check
+        self.write: Tensor | None = None  # [B * N] flat slots of the nodes in flight
+        self.visible = 0  # slots that attention reads; 0: only the nodes themselves
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        B = key_states.shape[0]
+        if self.check is not None:
+            per_slot = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (key_states, value_states))
+            self.check(B * per_slot)
+        self.keys, self.values = (
+            torch.zeros(B * self.size + 1, x.shape[1], x.shape[3], dtype=x.dtype, device=x.device)
+            for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, heads, N, D] keys and values; return those that the nodes may see, [B, heads, slots, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None and self.write is not None
+        for store, new in ((self.keys, key_states), (self.values, value_states)):
+            store.index_copy_(0, self.write, new.transpose(1, 2).flatten(0, 1))
+        if self.visible == 0:
+            return key_states, value_states
+        return self.read(self.keys), self.read(self.values)
+
+    def read(self, store: Tensor) -> Tensor:
+        return self.rows(store)[:, : self.visible].transpose(1, 2)
+
+    def rows(self, store: Tensor) -> Tensor:
+        """[B, size, heads, D] view of the slots."""
+        return store[:-1].unflatten(0, (-1, self.size))
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy the slots `source` to `target` (flat, both [n])."""
+        if self.keys is not None and self.values is not None:
+            for store in (self.keys, self.values):
+                store.index_copy_(0, target, store.index_select(0, source))
+
+    def regroup(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Replace the rows [B, size, heads, D] by `pick` of them."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (with_spare(pick(self.rows(store))) for store in (self.keys, self.values))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0  # asked only where no mask is given: a prompt's first chunk
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.size
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.keys, self.values) if x is not None)
+
+
+def with_spare(rows: Tensor) -> Tensor:
+    """[B * size + 1, heads, D] from rows [B, size, heads, D]."""
+    flat = rows.flatten(0, 1)
+    return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+
+
+class SlotCache(Cache):
+    """The cache of B rows and `capacity` tokens, one layer per entry of `windows` (None: full attention)."""
+
+    def __init__(
+        self, batch: int, capacity: int, windows: list[int | None], reserve: int, device: torch.device
+    ) -> None:
+        """`reserve` is the most nodes that one forward writes; sliding layers keep that many slots beside their window."""
+        sizes = [capacity if w is None else min(capacity, w - 1 + reserve) for w in windows]
+        self.slots_per_row = sum(sizes)
+
+        def check(bytes_per_slot: int) -> None:
+            require_memory(bytes_per_slot * self.slots_per_row, batch, capacity, device)
+
+        layers = [
+            SlotLayer(s, w, check if i == 0 else None) for i, (s, w) in enumerate(zip(sizes, windows, strict=True))
+        ]
+        super().__init__(layers=list(layers))
+        self.slots: list[SlotLayer] = layers
+        self.capacity, self.reserve = capacity, reserve
+        self.length = torch.zeros(batch, dtype=torch.int64, device=device)  # committed tokens of each row
+        self.lengths = [0] * batch  # the same on the host
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def plan(
+        self, depth: Tensor, ancestors: Tensor | None, offset: int, dtype: torch.dtype, keep: Tensor | None = None
+    ) -> dict[int | None, Tensor] | None:
+        """Prepare every layer for nodes `offset .. offset + n - 1`; return the additive mask of each window.
+
+        depth      [B, n] int64, distance of each node to the first uncommitted position
+        ancestors  [B, n, offset + n] bool, the nodes that each sees; None: a prompt's first chunk, which needs no mask
+        keep       [B, n] bool, nodes to be stored at all (None: all)
+        returns    window -> [B, 1, n, slots] of 0 and the lowest value of `dtype`; None without ancestors
+        """
+        B, n = depth.shape
+        if self.longest + offset + n > self.capacity:
+            raise UserError(
+                f"The cache holds {self.capacity} tokens and {self.longest + offset + n} are needed; ask for more capacity."
+            )
+        node = self.length[:, None] + offset + torch.arange(n, device=depth.device)
+        masks: dict[int | None, Tensor] = {}
+        writes: dict[int, Tensor] = {}
+        for layer in self.slots:
+            if layer.size not in writes:
+                writes[layer.size] = self.flat(node, layer.size, keep)
+            layer.write = writes[layer.size]
+            layer.visible = 0
+            if ancestors is not None:
+                layer.visible = min(layer.size, -(-(self.longest + offset + n) // BUCKET) * BUCKET)
+                if layer.window not in masks:
+                    seen = self.seen(depth, ancestors, layer)
+                    zero = torch.zeros((), dtype=dtype, device=depth.device)
+                    masks[layer.window] = torch.where(seen, zero, torch.finfo(dtype).min)[:, None]
+        return masks if ancestors is not None else None
+
+    def flat(self, slot: Tensor, size: int, keep: Tensor | None) -> Tensor:
+        """[B * n] rows of a layer's store for `slot` [B, n]; the spare one where `keep` is False."""
+        first = torch.arange(len(slot), device=slot.device)[:, None] * size
+        index = first + slot % size
+        if keep is not None:
+            index = torch.where(keep, index, len(slot) * size)
+        return index.flatten()
+
+    def seen(self, depth: Tensor, ancestors: Tensor, layer: SlotLayer) -> Tensor:
+        """[B, n, slots] bool: which slots each node attends to."""
+        M = ancestors.shape[2]
+        slot = torch.arange(layer.visible, device=depth.device)
+        ahead = (slot - self.length[:, None]) % layer.size  # [B, slots]: node number, or committed from M on
+        age = layer.size - ahead  # of a committed slot: distance to the first uncommitted position
+        committed = ((ahead >= M) & (age <= self.length[:, None]))[:, None]  # [B, 1, slots]
+        if layer.window is not None:
+            committed = committed & (age[:, None] + depth[..., None] < layer.window)
+            ancestors = ancestors & (ancestors.flip(-1).cumsum(-1).flip(-1) <= layer.window)
+        index = ahead.clamp(max=M - 1)[:, None].expand(-1, depth.shape[1], -1)
+        return torch.where((ahead < M)[:, None], ancestors.gather(2, index), committed)
+
+    def commit(self, path: Tensor | None, count: list[int]) -> None:
+        """Make the first `count[b]` nodes of `path` [B, n] part of row b; None: of the chain 0, 1, 2, ... that is there."""
+        if path is not None:
+            step = torch.arange(path.shape[1], device=path.device)
+            keep = step < torch.tensor(count, device=path.device)[:, None]
+            moves: dict[int, tuple[Tensor, Tensor]] = {}
+            for layer in self.slots:
+                if layer.size not in moves:
+                    source = self.flat(self.length[:, None] + path, layer.size, None)
+                    moves[layer.size] = source, self.flat(self.length[:, None] + step, layer.size, keep)
+                layer.move(*moves[layer.size])
+        self._resize([a + b for a, b in zip(self.lengths, count, strict=True)])
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens of every row."""
+        self._resize([n - count for n in self.lengths])
+
+    def _resize(self, lengths: list[int]) -> None:
+        self.lengths, self.length = lengths, torch.tensor(lengths, dtype=torch.int64, device=self.length.device)
+
+    def select(self, rows: list[int]) -> None:
+        index = torch.tensor(rows, dtype=torch.int64, device=self.length.device)
+        for layer in self.slots:
+            layer.regroup(lambda x: x[index])
+        self._resize([self.lengths[i] for i in rows])
+
+    def join(self, other: "SlotCache") -> None:
+        """Append the rows of `other`, a cache of the same layers and capacity."""
+        for mine, theirs in zip(self.slots, other.slots, strict=True):
+            assert mine.size == theirs.size and theirs.keys is not None and theirs.values is not None
+            more = iter((theirs.rows(theirs.keys), theirs.rows(theirs.values)))
+            mine.regroup(lambda x, more=more: torch.cat([x, next(more)]))
+        self._resize(self.lengths + other.lengths)
+
+    def first(self, layers: int) -> "SlotCache":
+        """A view of the first layers: the same stores, to be written by a drafter that is part of the target."""
+        view = SlotCache(0, self.capacity, [], self.reserve, self.length.device)
+        view.layers = self.layers[:layers]
+        view.slots = self.slots[:layers]
+        view.length, view.lengths = self.length, self.lengths
+        return view
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.slots)
+
+
+def require_memory(needed: int, batch: int, capacity: int, device: torch.device) -> None:
+    """`UserError` unless `needed` bytes are free on the device."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"A batch of {batch} rows of {capacity} tokens needs {needed / 2**30:.1f} GiB of cache and "
+            f"{free / 2**30:.1f} GiB are free; use a smaller batch or fewer new tokens."
+        )

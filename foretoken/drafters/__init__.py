@@ -1,0 +1,81 @@
+"""One file per method. A method's module has `Config`, a dataclass of its settings, and `build(target, config)`.
+
+A package outside this one adds a method by an entry point of the group `foretoken.drafters` that names such a module.
+"""
+
+import dataclasses
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from foretoken.drafter import Drafter
+from foretoken.errors import UserError, unknown
+from foretoken.target import Target
+
+METHODS = {
+    "none": "foretoken.drafters.none",
+    "prompt_lookup": "foretoken.drafters.prompt_lookup",
+    "suffix": "foretoken.drafters.suffix",
+    "draft_model": "foretoken.drafters.draft_model",
+    "jacobi": "foretoken.drafters.jacobi",
+    "lookahead": "foretoken.drafters.lookahead",
+    "early_exit": "foretoken.drafters.early_exit",
+}
+
+
+def names() -> list[str]:
+    """Every drafter that can be asked for by name."""
+    return [*METHODS, *(e.name for e in entry_points(group="foretoken.drafters"))]
+
+
+def module_of(name: str) -> ModuleType:
+    outside = {e.name: e for e in entry_points(group="foretoken.drafters")}
+    if name in METHODS:
+        return import_module(METHODS[name])
+    if name in outside:
+        return outside[name].load()
+    raise unknown("drafter", name, names())
+
+
+def make_drafter(drafter: "str | Drafter", target: Target, settings: dict[str, Any] | None = None) -> Drafter:
+    """The drafter called NAME or NAME:PATH with these settings; a drafter itself is returned as it is."""
+    if not isinstance(drafter, str):
+        if settings:
+            raise UserError(f"A built drafter came with settings {sorted(settings)}; set them where it is built.")
+        return drafter
+    name, _, path = drafter.partition(":")
+    module = module_of(name)
+    given = dict(settings or {}) | ({"path": path} if path else {})
+    return module.build(target, configured(module.Config, name, given))
+
+
+def configured(config: type, name: str, given: dict[str, Any]) -> Any:
+    """An instance of the `config` dataclass from settings that may be text (`--set key=value`)."""
+    hints = get_type_hints(config)
+    fields = [f.name for f in dataclasses.fields(config)]
+    for key in given:
+        if key not in fields:
+            raise unknown(f"setting of {name!r}", key, fields)
+    values = {key: converted(name, key, value, hints[key]) for key, value in given.items()}
+    return config(**values)
+
+
+def converted(name: str, key: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind` (bool, int, float or str) if it is text; itself otherwise."""
+    if not isinstance(value, str) or kind not in (bool, int, float):
+        return value
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        return kind(value)
+    except (KeyError, ValueError) as error:
+        need = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{name}: {key} is {value!r}; it must be {need}.") from error
+
+
+def at_least(name: str, **minima: tuple[float, float]) -> None:
+    """`UserError` for the first setting whose (value, minimum) is out of order."""
+    for key, (value, least) in minima.items():
+        if value < least:
+            raise UserError(f"{name}: {key} is {value}; it must be {least} or more.")

@@ -1,0 +1,26 @@
+"""Plain decoding: a tree of one node."""
+
+from dataclasses import dataclass
+
+from foretoken.drafter import Feed, Needs, Stateless
+from foretoken.target import Target
+from foretoken.tree import Draft, chain
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    pass
+
+
+class Plain:
+    needs = Needs(width=1)
+
+    def start(self, batch: int, capacity: int) -> Stateless:
+        return Stateless()
+
+    def propose(self, feed: Feed, state: Stateless) -> Draft:
+        return chain(feed.root[:, None])
+
+
+def build(target: Target, config: Config) -> Plain:
+    return Plain()

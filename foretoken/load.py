@@ -1,0 +1,99 @@
+"""Models from a folder or a hub name, refused in one sentence if they cannot work."""
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from foretoken.errors import UserError, unknown
+from foretoken.target import Target, layer_windows, model_class_of
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+) -> Target:
+    """The causal language model and tokenizer at `path`, a folder or a hub name, ready to decode.
+
+    dtype      as saved, if None; "float32", "float64", "bfloat16", "float16"
+    device     cuda if there is one, else cpu, if None
+    attention  transformers' attention implementation ("sdpa", "eager"), its own choice if None
+
+    `UserError` if there is no model, the model cannot branch (decided before weights load), or weights are missing or
+    cut short.
+    """
+    name = str(path)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    config = read_config(name)
+    model_class = model_class_of(config)
+    layer_windows(config.get_text_config(decoder=True), model_class)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options: dict[str, Any] = {"dtype": DTYPES[dtype] if isinstance(dtype, str) else dtype or "auto"}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    with quiet():
+        try:
+            model, report = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            raise UserError(
+                f"The weights of {name!r} cannot be read ({first_line(error)}); the download or copy is cut short or is no "
+                "checkpoint of this model: fetch it again."
+            ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"The weights of {name!r} lack {len(missing)} tensors, {missing[0]!r} first; the checkpoint is incomplete: fetch it again."
+        )
+    return Target(model.to(where), read_tokenizer(name))
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The configuration at `name`; `UserError` if there is none."""
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name!r} holds no config.json; give the folder of a transformers checkpoint or a hub name.")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{name!r} is no model that can be found ({first_line(error)}); give the folder of a transformers checkpoint or a hub name."
+        ) from error
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the weights, or None: token ids can be decoded without one."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' loading report silenced: what matters of it becomes our errors. Its progress bar stays on terminals."""
+    import sys
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

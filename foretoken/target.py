@@ -1,0 +1,220 @@
+"""What the engine may ask of a transformers model, through public seams only.
+
+The seams: a `Cache` of our layers, 4-D masks (a dict of them where layers differ), `position_ids`, `logits_to_keep`,
+`output_hidden_states`, `get_decoder`. Nothing of the model is copied or patched.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from foretoken.cache import SlotCache
+from foretoken.errors import UserError
+from foretoken.tree import Draft
+
+CHUNK = 512
+"""Prompt tokens read per forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What one forward returns.
+
+    logits    [B, n, V]
+    features  [B, n, F], the hidden states of the layers asked for, side by side; None if none were asked for
+    """
+
+    logits: Tensor
+    features: Tensor | None
+
+
+class Target:
+    """A causal language model that reads trees."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+        self.windows = layer_windows(self.config, type(model))
+        accepts = inspect.signature(model.forward).parameters
+        if "position_ids" not in accepts:
+            raise UserError(f"{type(model).__name__}.forward takes no position_ids, so it cannot read a tree; use another model.")
+        self._keeps_logits = "logits_to_keep" in accepts
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def vocab(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that fit, prompt and output together; None without a limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def name(self) -> str:
+        return str(self.model.name_or_path or type(self.model).__name__)
+
+    @property
+    def chunk(self) -> int:
+        """Most nodes per forward: small beside a sliding layer's window, so that its ring of slots stays small."""
+        windows = [w for w in self.windows if w is not None]
+        return min(CHUNK, max(64, min(windows) // 16)) if windows else CHUNK
+
+    def cache(self, batch: int, capacity: int, width: int = 1) -> SlotCache:
+        """An empty cache for rows of `capacity` tokens and drafts of `width` nodes."""
+        return SlotCache(batch, capacity, self.windows, max(self.chunk, width), self.device)
+
+    def judge(self, draft: Draft, cache: SlotCache, features: Sequence[int] = ()) -> Read:
+        """Read a whole draft behind the committed tokens: logits and features at every node."""
+        return self.extend(draft.tokens, draft.depth, draft.ancestors, cache, features=features)
+
+    def extend(
+        self,
+        tokens: Tensor,
+        depth: Tensor,
+        ancestors: Tensor | None,
+        cache: SlotCache,
+        *,
+        offset: int = 0,
+        keep: Tensor | None = None,
+        at: Sequence[int] | None = None,
+        features: Sequence[int] = (),
+    ) -> Read:
+        """Read nodes `offset ..` of a tree whose earlier nodes the cache holds.
+
+        tokens     [B, n] int64
+        depth      [B, n] int64, 0 at the first uncommitted position
+        ancestors  [B, n, offset + n] bool; None: a chain behind an empty cache, read by the ordinary causal path
+        keep       [B, n] bool, nodes to store (None: all)
+        at         the columns whose logits are wanted (None: all)
+        features   layers whose outputs are wanted; 0 is the embedding, -1 the final hidden state
+        """
+        masks = cache.plan(depth, ancestors, offset, self.dtype, keep)
+        position = cache.length[:, None] + depth
+        if self.context is not None:
+            position = position.clamp(max=self.context - 1)  # nodes past the end are cut by the caller
+        extra: dict[str, Any] = {}
+        if at is not None and self._keeps_logits:
+            extra["logits_to_keep"] = torch.tensor(at, device=tokens.device)
+        out = self.model(
+            input_ids=tokens,
+            attention_mask=masks if masks is None or len(masks) > 1 else next(iter(masks.values())),
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=bool(features),
+            **extra,
+        )
+        if at is not None and not self._keeps_logits:
+            out.logits = out.logits[:, at]
+        states = torch.cat([out.hidden_states[i] for i in features], -1) if features else None
+        return Read(out.logits, states)
+
+    def read(
+        self, tokens: Tensor, count: list[int], cache: SlotCache, features: Sequence[int] = ()
+    ) -> Read:
+        """Append the first `count[b]` of `tokens` [B, M] to row b, in chunks.
+
+        Returns the logits [B, 1, V] at each row's last token and the features [B, M, F] of all of them.
+        """
+        B, M = tokens.shape
+        states: list[Tensor] = []
+        logits = tokens.new_zeros(B, 1, self.vocab, dtype=self.dtype)
+        for start in range(0, M, self.chunk):
+            part = tokens[:, start : start + self.chunk]
+            n = part.shape[1]
+            taken = [max(0, min(n, c - start)) for c in count]
+            node = torch.arange(n, device=tokens.device)
+            ends = {b: c - 1 - start for b, c in enumerate(count) if start < c <= start + n}
+            at = sorted(set(ends.values())) or [0]
+            out = self.extend(
+                part,
+                node.expand(B, n),
+                (node <= node[:, None]).expand(B, n, n) if cache.longest else None,
+                cache,
+                keep=node < torch.tensor(taken, device=tokens.device)[:, None] if min(taken) < n else None,
+                at=at,
+                features=features,
+            )
+            for b, end in ends.items():
+                logits[b, 0] = out.logits[b, at.index(end)]
+            if out.features is not None:
+                states.append(out.features)
+            cache.commit(None, taken)
+        return Read(logits, torch.cat(states, 1) if states else None)
+
+    def shallow(self, layers: int) -> "Target":
+        """The target cut after its first `layers` layers, with the final norm and head; all weights are shared."""
+        total = self.config.num_hidden_layers
+        if not 0 < layers < total:
+            raise UserError(f"An early exit after layer {layers} was asked for; the model has layers 1 to {total - 1} before its last.")
+        part = copy.copy(self)
+        part.model, part.config = cast(PreTrainedModel, truncated(self.model, total, layers)), self.config
+        part.windows = self.windows[:layers]
+        return part
+
+
+def truncated(module: nn.Module, total: int, kept: int) -> nn.Module:
+    """A shallow copy of `module` in which every list of `total` blocks holds the first `kept`; weights are shared."""
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = {
+        name: nn.ModuleList(list(child)[:kept])
+        if isinstance(child, nn.ModuleList) and len(child) == total
+        else truncated(child, total, kept)
+        if child is not None and any(isinstance(m, nn.ModuleList) and len(m) == total for m in child.modules())
+        else child
+        for name, child in module.named_children()
+    }
+    return twin
+
+
+def layer_windows(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> list[int | None]:
+    """Per layer, None for full attention or the length of its sliding window; `UserError` if the model cannot branch.
+
+    Decided from the configuration alone, before any weight is loaded: a cache layer that is not plain keys and values
+    (recurrent state, convolution, index) cannot hold a tree.
+    """
+    kind = getattr(config, "model_type", "model")
+    refusal = UserError(
+        f"{kind!r} keeps a recurrent or compressed state that cannot branch or roll back, which judging a draft needs; "
+        "use a model whose layers all have full or sliding attention."
+    )
+    if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
+        raise UserError(f"{kind!r} computes ALiBi positions from a padding mask, not from position_ids; use a model with other positions.")
+    if model_class is not None and model_class._is_stateful:  # pyright: ignore[reportPrivateUsage]
+        raise refusal
+    try:
+        layers = DynamicCache(config=config).layers
+    except (KeyError, AttributeError, TypeError) as error:
+        raise refusal from error
+    windows: list[int | None] = []
+    for layer in layers:
+        if type(layer) is DynamicSlidingWindowLayer and not getattr(config, "attention_chunk_size", None):
+            windows.append(layer.sliding_window)
+        elif type(layer) is DynamicLayer:
+            windows.append(None)
+        else:
+            raise refusal
+    return windows
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class for this configuration; `UserError` if it is no causal language model."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{config.model_type!r} is no causal language model that transformers knows; use a decoder-only model.")
+    return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])

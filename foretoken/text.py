@@ -1,0 +1,63 @@
+"""Text from tokens as they come: no character is split, and stop strings are seen before they are shown."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "�"  # what decoders print for bytes that are no character yet
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of `tokens`, special tokens left out, spaces as they are."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class TextStream:
+    """The text of one row's output.
+
+    text     all that is certain, cut before the first stop string
+    stopped  whether a stop string has come
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
+        self.text, self.stopped = "", False
+        self._tokens: list[int] = []
+        self._context, self._read = 0, 0  # tokens[_context:_read] is text already taken, decoded again as context
+        self._shown = 0
+
+    def push(self, token: int) -> bool:
+        """Take one more token; whether a stop string is now complete."""
+        self._tokens.append(token)
+        window = decode(self.tokenizer, self._tokens[self._context :])
+        if not window.endswith(UNFINISHED):
+            self._take(window)
+        return self.stopped
+
+    def _take(self, window: str) -> None:
+        before = decode(self.tokenizer, self._tokens[self._context : self._read])
+        self._context, self._read = self._read, len(self._tokens)
+        searched = len(self.text) - max((len(s) for s in self.stop), default=0)
+        self.text += window[len(before) :]
+        found = [i for s in self.stop if (i := self.text.find(s, max(0, searched))) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def ready(self) -> str:
+        """The text not shown yet that cannot become part of a stop string."""
+        end = len(self.text)
+        if not self.stopped:
+            longest = max((len(s) for s in self.stop), default=0)
+            for tail in range(min(longest, end), 0, -1):
+                if any(s.startswith(self.text[end - tail :]) for s in self.stop):
+                    end -= tail
+                    break
+        piece, self._shown = self.text[self._shown : end], max(self._shown, end)
+        return piece
+
+    def finish(self) -> str:
+        """The rest of the text, unfinished characters included: nothing more will come."""
+        if not self.stopped:
+            self._take(decode(self.tokenizer, self._tokens[self._context :]))
+        piece, self._shown = self.text[self._shown :], len(self.text)
+        return piece

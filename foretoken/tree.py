@@ -1,0 +1,123 @@
+"""A draft is a tree of guessed tokens; accepting keeps one path of it.
+
+Node 0 is the root: the last emitted token, which the target has not read yet. A chain is a tree. Nodes are in
+topological order (`parent < node`), so node i of row b occupies slot `length[b] + i` of the target's cache while it is
+being judged. A node whose parent is -1 (the root apart) is fed to the target but never acceptable: a probe, or padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One guess per row, judged by the target in one forward.
+
+    tokens     [B, N] int64, node 0 the root
+    parent     [B, N] int64, -1 at the root and at nodes that can never be accepted
+    ancestors  [B, N, N] bool, `ancestors[b, i, j]`: node i sees node j; every node sees itself
+    height     depth of the deepest node, on the host
+    chained    whether every acceptable node follows the one before it, on the host: then nothing moves on commit
+    q          [B, N, V'] float, the law that each node's children were drawn from (None: no law, any choice)
+    """
+
+    tokens: Tensor
+    parent: Tensor
+    ancestors: Tensor
+    height: int
+    chained: bool
+    q: Tensor | None = None
+
+    @property
+    def depth(self) -> Tensor:
+        """[B, N] int64: the number of nodes that each node sees, less itself."""
+        return self.ancestors.sum(-1) - 1
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What survives of a draft: `count` nodes of each row, root first, and the token after them.
+
+    path   [B, N] int64, the accepted nodes in order; entries from `count` on are 0
+    count  [B] int64, 1 + the number of accepted guesses = tokens this forward yields (0 for a row that commits nothing)
+    next   [B] int64, the token emitted after the last accepted node: the next root
+    """
+
+    path: Tensor
+    count: Tensor
+    next: Tensor
+
+
+def chain(tokens: Tensor, count: Tensor | None = None, q: Tensor | None = None) -> Draft:
+    """The draft whose nodes `tokens` [B, N] follow each other; of row b only the first `count[b]` can be accepted."""
+    B, N = tokens.shape
+    node = torch.arange(N, device=tokens.device)
+    parent = (node - 1).expand(B, N)
+    if count is not None:
+        parent = parent.masked_fill(node >= count[:, None], -1)
+    ancestors = (node <= node[:, None]).expand(B, N, N)
+    return Draft(tokens, parent, ancestors, N - 1, True, q)
+
+
+def tree(tokens: Tensor, parent: Tensor, q: Tensor | None = None) -> Draft:
+    """The draft with these nodes [B, N]; visibility follows from `parent`. Padding nodes see only themselves."""
+    N = tokens.shape[1]
+    ancestors = closure(parent)
+    height = int(ancestors.sum(-1).max()) - 1 if N > 1 else 0
+    node = torch.arange(N, device=parent.device)
+    chained = bool(((parent == node - 1) | (parent < 0)).all())
+    return Draft(tokens, parent, ancestors, height, chained, q)
+
+
+def closure(parent: Tensor) -> Tensor:
+    """`ancestors` [B, N, N] of `parent` [B, N]: the reflexive transitive closure, by repeated squaring."""
+    N = parent.shape[1]
+    node = torch.arange(N, device=parent.device)
+    seen = (parent[:, :, None] == node) | (node == node[:, None])
+    reach = 1
+    while reach < N - 1:
+        step = seen.float()
+        seen = torch.bmm(step, step) > 0
+        reach *= 2
+    return seen
+
+
+def stack(rows: list[tuple[list[int], list[int]]], device: torch.device) -> Draft:
+    """One draft from `(tokens, parent)` lists per row, shorter rows padded with nodes that are never accepted."""
+    N = max(len(tokens) for tokens, _ in rows)
+    tokens = torch.tensor([t + [t[0]] * (N - len(t)) for t, _ in rows], device=device)
+    parent = torch.tensor([p + [-1] * (N - len(p)) for _, p in rows], device=device)
+    return tree(tokens, parent)
+
+
+def longest(draft: Draft, fits: Tensor) -> tuple[Tensor, Tensor]:
+    """`(path [B, N], count [B])` of the deepest node that fits with all its ancestors; the first one among equals.
+
+    fits [B, N] bool: whether each node may follow its parent. The root always fits; nodes without a parent never do.
+    """
+    fits = fits & (draft.parent >= 0)
+    fits[:, 0] = True
+    alive = (fits[:, None, :] | ~draft.ancestors).all(-1)  # [B, N]
+    return path_to(draft, torch.where(alive, draft.depth, -1).argmax(-1))
+
+
+def path_to(draft: Draft, node: Tensor) -> tuple[Tensor, Tensor]:
+    """`(path [B, N], count [B])` from the root to `node` [B]."""
+    B, N = draft.tokens.shape
+    on_path = draft.ancestors[torch.arange(B, device=node.device), node]  # [B, N]
+    count = on_path.sum(-1)
+    path = (~on_path).to(torch.uint8).argsort(dim=-1, stable=True)
+    kept = torch.arange(N, device=node.device) < count[:, None]
+    return path.masked_fill(~kept, 0), count
+
+
+def fresh(draft: Draft, accepted: Accepted) -> Tensor:
+    """[B, N] int64: the tokens that this step emits, `count` of them: accepted guesses, then the token after them."""
+    guesses = draft.tokens.gather(1, accepted.path).roll(-1, 1)  # the root leaves, its place is for `next`
+    return guesses.scatter(1, (accepted.count - 1).clamp(min=0)[:, None], accepted.next[:, None])
