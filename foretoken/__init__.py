@@ -4,6 +4,7 @@ Shapes, everywhere: B rows, N tree nodes, D depth, S cache slots, T sequence, V 
 M tokens committed since the drafter was last asked.
 """
 
+from foretoken.custom import custom_generate
 from foretoken.decode import Request, Session
 from foretoken.errors import UserError
 from foretoken.generate import Output, Piece, generate, stream
@@ -19,6 +20,7 @@ __all__ = [
     "Session",
     "Target",
     "UserError",
+    "custom_generate",
     "generate",
     "load",
     "stream",

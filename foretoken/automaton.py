@@ -39,7 +39,7 @@ class SuffixAutomaton:
             state, steps = self.link[state], steps + 1
 
     def _target(self, state: int, token: int) -> int:
-        """Where `token` leads from `state`, split so that its longest substring is one token longer than the state's."""
+        """Where `token` leads from `state`, split so that its longest substring is the state's and the token."""
         old = self.follow[state][token]
         if self.longest[old] == self.longest[state] + 1:
             return old

@@ -42,9 +42,7 @@ class SlotLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [B, heads, N, D] keys and values; return those that the nodes may see, [B, heads, slots, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -99,7 +97,7 @@ class SlotCache(Cache):
     def __init__(
         self, batch: int, capacity: int, windows: list[int | None], reserve: int, device: torch.device
     ) -> None:
-        """`reserve` is the most nodes that one forward writes; sliding layers keep that many slots beside their window."""
+        """`reserve`: the most nodes that one forward writes; a sliding layer has that many slots beside its window."""
         sizes = [capacity if w is None else min(capacity, w - 1 + reserve) for w in windows]
         self.slots_per_row = sum(sizes)
 
@@ -120,7 +118,12 @@ class SlotCache(Cache):
         return max(self.lengths, default=0)
 
     def plan(
-        self, depth: Tensor, ancestors: Tensor | None, offset: int, dtype: torch.dtype, keep: Tensor | None = None
+        self,
+        depth: Tensor,
+        ancestors: Tensor | None,
+        offset: int,
+        dtype: torch.dtype,
+        keep: Tensor | None = None,
     ) -> dict[int | None, Tensor] | None:
         """Prepare every layer for nodes `offset .. offset + n - 1`; return the additive mask of each window.
 
@@ -129,10 +132,11 @@ class SlotCache(Cache):
         keep       [B, n] bool, nodes to be stored at all (None: all)
         returns    window -> [B, 1, n, slots] of 0 and the lowest value of `dtype`; None without ancestors
         """
-        B, n = depth.shape
+        n = depth.shape[1]
         if self.longest + offset + n > self.capacity:
             raise UserError(
-                f"The cache holds {self.capacity} tokens and {self.longest + offset + n} are needed; ask for more capacity."
+                f"The cache holds {self.capacity} tokens and {self.longest + offset + n} are needed; "
+                "ask for more capacity."
             )
         node = self.length[:, None] + offset + torch.arange(n, device=depth.device)
         masks: dict[int | None, Tensor] = {}
@@ -172,7 +176,7 @@ class SlotCache(Cache):
         return torch.where((ahead < M)[:, None], ancestors.gather(2, index), committed)
 
     def commit(self, path: Tensor | None, count: list[int]) -> None:
-        """Make the first `count[b]` nodes of `path` [B, n] part of row b; None: of the chain 0, 1, 2, ... that is there."""
+        """Make the first `count[b]` nodes of `path` [B, n] part of row b; None: of the chain 0, 1, 2, ..."""
         if path is not None:
             step = torch.arange(path.shape[1], device=path.device)
             keep = step < torch.tensor(count, device=path.device)[:, None]
@@ -189,7 +193,10 @@ class SlotCache(Cache):
         self._resize([n - count for n in self.lengths])
 
     def _resize(self, lengths: list[int]) -> None:
-        self.lengths, self.length = lengths, torch.tensor(lengths, dtype=torch.int64, device=self.length.device)
+        self.lengths, self.length = (
+            lengths,
+            torch.tensor(lengths, dtype=torch.int64, device=self.length.device),
+        )
 
     def select(self, rows: list[int]) -> None:
         index = torch.tensor(rows, dtype=torch.int64, device=self.length.device)
@@ -220,10 +227,8 @@ class SlotCache(Cache):
 
 def require_memory(needed: int, batch: int, capacity: int, device: torch.device) -> None:
     """`UserError` unless `needed` bytes are free on the device."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"A batch of {batch} rows of {capacity} tokens needs {needed / 2**30:.1f} GiB of cache and "

@@ -1,6 +1,6 @@
 """The engine: propose, judge, accept, commit, for rows of different length that join and leave."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -29,6 +29,7 @@ class Request:
     stop            strings that end the output; the text is cut before them
     logprobs        whether to report each emitted token's log-probability under the unprocessed logits
     stream          whether the row keeps its text while it runs
+    until           called with prompt and output after each token; True ends the output there
     """
 
     tokens: Sequence[int]
@@ -39,6 +40,7 @@ class Request:
     stop: Sequence[str] = ()
     logprobs: bool = False
     stream: bool = False
+    until: Callable[[list[int]], bool] | None = None
 
 
 @dataclass(slots=True)
@@ -76,11 +78,8 @@ class Row:
 
     def take(self, tokens: list[int], guessed: int, logprobs: list[float] | None) -> list[int]:
         """Append the emitted `tokens`, the first `guessed` of which were drafted; returns those before a stop."""
-        if self.stream is not None:
-            for i, token in enumerate(tokens):
-                if self.stream.push(token):
-                    tokens, self.finish = tokens[: i + 1], "stop"
-                    break
+        if self.stream is not None or self.request.until is not None:
+            tokens = self._until_stop(tokens)
         self.text += tokens
         guessed = min(guessed, len(tokens))
         self.drafted += [i < guessed for i in range(len(tokens))]
@@ -95,6 +94,16 @@ class Row:
             self.finish = "length"
         if self.finish is not None:
             self.ended = perf_counter()
+        return tokens
+
+
+    def _until_stop(self, tokens: list[int]) -> list[int]:
+        """The emitted tokens up to the one that completes a stop string or meets the caller's condition."""
+        for i, token in enumerate(tokens):
+            stopped = self.stream is not None and self.stream.push(token)
+            if stopped or (self.request.until is not None and self.request.until(self.text + tokens[: i + 1])):
+                self.finish = "stop"
+                return tokens[: i + 1]
         return tokens
 
 
@@ -165,7 +174,7 @@ class Session:
             if row.request.stop or row.request.stream:
                 if target.tokenizer is None:
                     raise UserError("Stop strings and streaming need text; load the model with its tokenizer.")
-                row.stream = TextStream(target.tokenizer, row.request.stop)
+                row.stream = TextStream(target.tokenizer, row.request.stop, row.request.tokens)
         self._eos = self._eos_table()
         with torch.inference_mode():
             self.last = self._prefill()
@@ -260,9 +269,7 @@ class Session:
         emitted: list[list[int]] = []
         for b, row in enumerate(self.rows):
             row.forwards += int(row.finish is None and bool(row.output))
-            emitted.append(
-                row.take(tokens[b][: counts[b]], before[b] - 1, None if logprobs is None else logprobs[b])
-            )
+            emitted.append(row.take(tokens[b][: counts[b]], before[b] - 1, None if logprobs is None else logprobs[b]))
         return counts, emitted
 
     def select(self, rows: list[int]) -> None:
@@ -278,7 +285,7 @@ class Session:
         """Append the rows of `other`: same target, drafter and rule, same capacity."""
         if other.capacity != self.capacity:
             raise UserError(
-                f"A session of capacity {other.capacity} cannot join one of {self.capacity}; start both with one capacity."
+                f"A session of capacity {other.capacity} cannot join one of {self.capacity}; give both one capacity."
             )
         self.rows = self.rows + other.rows
         self.cache.join(other.cache)
@@ -302,8 +309,12 @@ def check_request(target: Target, request: Request) -> None:
     if n == 0:
         raise UserError("The prompt is empty; give at least one token.")
     if context is not None and n >= context:
-        raise UserError(f"The prompt has {n} tokens and the model's context is {context}; shorten it to {context - 1} or fewer.")
+        raise UserError(
+            f"The prompt has {n} tokens and the model's context is {context}; shorten it to {context - 1} or fewer."
+        )
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {request.max_new_tokens}; ask for at least 1.")
     if bad := next((t for t in request.tokens if not 0 <= t < target.vocab), None):
-        raise UserError(f"The prompt has token {bad}; the model's vocabulary is 0 to {target.vocab - 1}: use its own tokenizer.")
+        raise UserError(
+            f"The prompt has token {bad}; the model's vocabulary is 0 to {target.vocab - 1}: use its own tokenizer."
+        )

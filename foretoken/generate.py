@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 from foretoken.decode import Request, Row, Session, capacity_for
@@ -12,7 +11,7 @@ from foretoken.errors import UserError
 from foretoken.rules import Rule, make_rule
 from foretoken.sampling import Sampling
 from foretoken.target import Target
-from foretoken.text import decode
+from foretoken.text import continuation
 
 Prompt = str | Sequence[int]
 
@@ -21,7 +20,7 @@ Prompt = str | Sequence[int]
 class Output:
     """What became of one prompt.
 
-    text                without the prompt and special tokens, cut before a stop string
+    text                what comes behind the prompt, special tokens left out, cut before a stop string
     token_ids           emitted tokens, an end token included
     drafted             per token, whether it was guessed before it was emitted
     finish              "eos", "stop" or "length"
@@ -48,10 +47,10 @@ class Output:
 def output_of(row: Row, target: Target, rule: Rule) -> Output:
     """The result of a finished row."""
     forwards, tokens = row.forwards, row.output
-    if row.finish == "stop" and row.stream is not None:
+    if row.stream is not None and row.stream.stopped:
         text = row.stream.text
     else:
-        text = decode(target.tokenizer, tokens) if target.tokenizer is not None else ""
+        text = "" if target.tokenizer is None else continuation(target.tokenizer, row.request.tokens, tokens)
     return Output(
         text=text,
         token_ids=tokens,
@@ -108,8 +107,7 @@ def tokenize(target: Target, prompt: Prompt) -> list[int]:
 
 def end_tokens(target: Target) -> list[int]:
     """The tokens that end an output, from the generation configuration or else the model's."""
-    generation = target.model.generation_config
-    found = target.config.eos_token_id if generation is None else generation.eos_token_id
+    found = target.model.generation_config.eos_token_id
     if found is None:
         return []
     return [found] if isinstance(found, int) else list(found)
@@ -124,7 +122,7 @@ def decode_all(
     batch_size: int | None = None,
     on_step: Callable[[Session], None] | None = None,
 ) -> list[Row]:
-    """Every request's finished row, in order. At most `batch_size` run together; one that ends makes room for the next."""
+    """Every request's finished row, in order; at most `batch_size` run together, and one that ends makes room."""
     capacity = capacity_for(target, drafter, requests)
     waiting, done = list(range(len(requests))), dict[int, Row]()
     session: Session | None = None
@@ -184,7 +182,13 @@ def generate(
         raise UserError("There is no prompt; give at least one.")
     method, judge = make_drafter(drafter, target, settings), make_rule(rule)
     requests = requests_for(
-        target, batch, Sampling(**sampling), numbers=numbers, max_new_tokens=max_new_tokens, stop=stop, logprobs=logprobs
+        target,
+        batch,
+        Sampling(**sampling),
+        numbers=numbers,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        logprobs=logprobs,
     )
     rows = decode_all(target, method, requests, judge, batch_size=batch_size, on_step=on_step)
     outputs = [output_of(row, target, judge) for row in rows]
@@ -213,7 +217,7 @@ def stream(
     number: int = 0,
     **sampling: Any,
 ) -> Iterator[Piece]:
-    """The text of one prompt's output as it comes, in pieces that never split a character or show part of a stop string."""
+    """The text of one prompt's output as it comes; no piece splits a character or shows part of a stop string."""
     method, judge = make_drafter(drafter, target, settings), make_rule(rule)
     requests = requests_for(
         target,

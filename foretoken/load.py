@@ -1,7 +1,9 @@
 """Models from a folder or a hub name, refused in one sentence if they cannot work."""
 
+import sys
+from collections.abc import Generator
 from contextlib import contextmanager
-from collections.abc import Iterator
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ from transformers.utils import logging
 from foretoken.errors import UserError, unknown
 from foretoken.target import Target, layer_windows, model_class_of
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def load(
@@ -44,15 +51,17 @@ def load(
         options["attn_implementation"] = attention
     with quiet():
         try:
-            model, report = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
+            loaded: Any = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             raise UserError(
-                f"The weights of {name!r} cannot be read ({first_line(error)}); the download or copy is cut short or is no "
-                "checkpoint of this model: fetch it again."
+                f"The weights of {name!r} cannot be read ({first_line(error)}); the copy is cut short or "
+                "is no checkpoint of this model: fetch it again."
             ) from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"The weights of {name!r} lack {len(missing)} tensors, {missing[0]!r} first; the checkpoint is incomplete: fetch it again."
+            f"The weights of {name!r} lack {len(missing)} tensors, {missing[0]!r} first; the checkpoint is incomplete: "
+            "fetch it again."
         )
     return Target(model.to(where), read_tokenizer(name))
 
@@ -65,7 +74,8 @@ def read_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{name!r} is no model that can be found ({first_line(error)}); give the folder of a transformers checkpoint or a hub name."
+            f"{name!r} is no model that can be found ({first_line(error)}); give the folder of a transformers "
+            "checkpoint or a hub name."
         ) from error
 
 
@@ -82,13 +92,11 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """transformers' loading report silenced: what matters of it becomes our errors. Its progress bar stays on terminals."""
-    import sys
-
+def quiet() -> Generator[None]:
+    """transformers' loading report silenced (what matters of it becomes our errors); its bar stays on terminals."""
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:

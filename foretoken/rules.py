@@ -154,7 +154,7 @@ class Block:
             weight = (weight * ratio[:, i - 1]).clamp(max=1)
             weights.append(weight)
             over = (weight[:, None] * p[:, i] - q[:, i]).clamp(min=0).sum(-1)
-            share = torch.where(i == length - 1, weight, over / (over + 1 - weight)).nan_to_num(nan=1.0)
+            share = torch.where(length == i + 1, weight, over / (over + 1 - weight)).nan_to_num(nan=1.0)
             last = torch.where((u[:, i] <= share) & (i < length), i, last)
         rows = torch.arange(B, device=p.device)
         weight = torch.stack(weights, 1)[rows, last]
@@ -200,7 +200,7 @@ def of_parent(draft: Draft, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LossyTopK:
-    """Lossy: a guess survives if it is among the k likeliest tokens (Stern et al. 2018, arXiv:1811.03115, section 5.1)."""
+    """Lossy: a guess survives if it is among the k likeliest tokens (Stern 2018, arXiv:1811.03115, section 5.1)."""
 
     k: int = 2
     name: ClassVar[str] = "lossy_top_k"
@@ -214,7 +214,7 @@ class LossyTopK:
 
 @dataclass(frozen=True, slots=True)
 class LossyDistance:
-    """Lossy: a guess survives within `distance` of what the target emits, for ordinal tokens (Stern 2018, section 5.2)."""
+    """Lossy: a guess survives within `distance` of what the target emits: ordinal tokens (Stern 2018, 5.2)."""
 
     distance: int = 2
     name: ClassVar[str] = "lossy_distance"

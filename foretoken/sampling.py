@@ -53,7 +53,12 @@ class Sampling:
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (off)"),
             ("min_p", self.min_p, 0.0 <= self.min_p < 1.0, "from 0 (off) to below 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is off)"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty > 0,
+                "above 0 (1 is off)",
+            ),
         ]
         for name, value, good, need in limits:
             if not good:
@@ -114,7 +119,9 @@ class Scores:
         """[B, N, I]: minus the Gumbel noise of each node's position, computed once per depth."""
         V = self.values.shape[-1]
         tokens = vocabulary(V, self.values.device) if tokens is None else tokens
-        levels = torch.arange(self.draft.width if self.draft.chained else self.draft.height + 1, device=self.values.device)
+        levels = torch.arange(
+            self.draft.width if self.draft.chained else self.draft.height + 1, device=self.values.device
+        )
         noise = self.noise.log_exponential(self.position[:, None] + levels, tokens, stream)
         if self.draft.chained:  # depth is the node's number
             return noise.to(self.values.dtype)
@@ -195,7 +202,7 @@ class Sampler:
         return Scores(draft, values, self.temperature, self.noise, position, self.sampled, self.truncated)
 
     def shape(self, values: Tensor) -> Tensor:
-        """A drafter's logits [B, n, V'] with the bias and truncation of the target's, so that guesses stay in its support."""
+        """A drafter's logits [B, n, V'] with the target's bias and truncation, so that guesses stay in its support."""
         values = self._biased(values)
         return self._truncate(values) if self.truncated else values
 
@@ -204,7 +211,7 @@ class Sampler:
 
     def _penalise(self, values: Tensor, draft: Draft) -> Tensor:
         assert self.counts is not None
-        B, N, V = values.shape
+        B, N = draft.tokens.shape
         on_path = draft.ancestors.to(self.counts.dtype)
         on_path[:, :, 0] = 0  # the root is counted already
         output = self.counts[1, :, None].repeat(1, N, 1)
@@ -227,7 +234,7 @@ class Sampler:
                 prefix = texts[b] + [t for t, s in zip(tokens[b][1:], seen[1:], strict=True) if s]
                 groups.setdefault((id(settings.processors), len(prefix)), []).append((b, n, prefix))
         for members in groups.values():
-            b, n = ([m[i] for m in members] for i in range(2))
+            b, n = [m[0] for m in members], [m[1] for m in members]
             prefixes = torch.tensor([m[2] for m in members], device=values.device)
             scores = values[b, n]
             for processor in self.settings[b[0]].processors:

@@ -45,7 +45,9 @@ class Target:
         self.windows = layer_windows(self.config, type(model))
         accepts = inspect.signature(model.forward).parameters
         if "position_ids" not in accepts:
-            raise UserError(f"{type(model).__name__}.forward takes no position_ids, so it cannot read a tree; use another model.")
+            raise UserError(
+                f"{type(model).__name__}.forward takes no position_ids, so it cannot read a tree; use another model."
+            )
         self._keeps_logits = "logits_to_keep" in accepts
 
     @property
@@ -125,9 +127,7 @@ class Target:
         states = torch.cat([out.hidden_states[i] for i in features], -1) if features else None
         return Read(out.logits, states)
 
-    def read(
-        self, tokens: Tensor, count: list[int], cache: SlotCache, features: Sequence[int] = ()
-    ) -> Read:
+    def read(self, tokens: Tensor, count: list[int], cache: SlotCache, features: Sequence[int] = ()) -> Read:
         """Append the first `count[b]` of `tokens` [B, M] to row b, in chunks.
 
         Returns the logits [B, 1, V] at each row's last token and the features [B, M, F] of all of them.
@@ -162,7 +162,7 @@ class Target:
         """The target cut after its first `layers` layers, with the final norm and head; all weights are shared."""
         total = self.config.num_hidden_layers
         if not 0 < layers < total:
-            raise UserError(f"An early exit after layer {layers} was asked for; the model has layers 1 to {total - 1} before its last.")
+            raise UserError(f"An early exit after layer {layers} was asked for; choose one of layers 1 to {total - 1}.")
         part = copy.copy(self)
         part.model, part.config = cast(PreTrainedModel, truncated(self.model, total, layers)), self.config
         part.windows = self.windows[:layers]
@@ -176,7 +176,7 @@ def truncated(module: nn.Module, total: int, kept: int) -> nn.Module:
         name: nn.ModuleList(list(child)[:kept])
         if isinstance(child, nn.ModuleList) and len(child) == total
         else truncated(child, total, kept)
-        if child is not None and any(isinstance(m, nn.ModuleList) and len(m) == total for m in child.modules())
+        if any(isinstance(m, nn.ModuleList) and len(m) == total for m in child.modules())
         else child
         for name, child in module.named_children()
     }
@@ -195,7 +195,7 @@ def layer_windows(config: PreTrainedConfig, model_class: type[PreTrainedModel] |
         "use a model whose layers all have full or sliding attention."
     )
     if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
-        raise UserError(f"{kind!r} computes ALiBi positions from a padding mask, not from position_ids; use a model with other positions.")
+        raise UserError(f"{kind!r} computes ALiBi positions from a padding mask; use a model that takes position_ids.")
     if model_class is not None and model_class._is_stateful:  # pyright: ignore[reportPrivateUsage]
         raise refusal
     try:
@@ -216,5 +216,7 @@ def layer_windows(config: PreTrainedConfig, model_class: type[PreTrainedModel] |
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """transformers' class for this configuration; `UserError` if it is no causal language model."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{config.model_type!r} is no causal language model that transformers knows; use a decoder-only model.")
+        raise UserError(
+            f"{config.model_type!r} is no causal language model that transformers knows; use a decoder-only model."
+        )
     return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "�"  # what decoders print for bytes that are no character yet
+CONTEXT = 8
+"""Tokens of the prompt decoded with the output, because decoders drop the space before a first token."""
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -12,18 +14,27 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text that `tokens` add behind `prompt`."""
+    context = list(prompt[-CONTEXT:])
+    before = decode(tokenizer, context).rstrip(UNFINISHED)
+    return decode(tokenizer, [*context, *tokens])[len(before) :]
+
+
 class TextStream:
-    """The text of one row's output.
+    """The text of one row's output, behind its prompt.
 
     text     all that is certain, cut before the first stop string
     stopped  whether a stop string has come
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
         self.text, self.stopped = "", False
-        self._tokens: list[int] = []
-        self._context, self._read = 0, 0  # tokens[_context:_read] is text already taken, decoded again as context
+        self._tokens = list(prompt[-CONTEXT:])
+        self._context, self._read = 0, len(self._tokens)  # what lies between is taken, and decoded again as context
         self._shown = 0
 
     def push(self, token: int) -> bool:
@@ -35,7 +46,7 @@ class TextStream:
         return self.stopped
 
     def _take(self, window: str) -> None:
-        before = decode(self.tokenizer, self._tokens[self._context : self._read])
+        before = decode(self.tokenizer, self._tokens[self._context : self._read]).rstrip(UNFINISHED)
         self._context, self._read = self._read, len(self._tokens)
         searched = len(self.text) - max((len(s) for s in self.stop), default=0)
         self.text += window[len(before) :]

@@ -1,4 +1,4 @@
-"""A smaller model with the same tokenizer drafts (Leviathan et al. 2022, arXiv:2211.17192; Chen et al., arXiv:2302.01318)."""
+"""A smaller model with the same tokenizer drafts (Leviathan 2022, arXiv:2211.17192; Chen 2023, arXiv:2302.01318)."""
 
 from dataclasses import dataclass
 
@@ -83,7 +83,9 @@ def check_tokenizers(target: Target, model: Target) -> None:
     """`UserError` unless both models number the same tokens alike."""
     if target.tokenizer is None or model.tokenizer is None:
         if target.vocab != model.vocab:
-            raise UserError(f"The draft model has {model.vocab} tokens and the target {target.vocab}; use one with the target's tokenizer.")
+            raise UserError(
+                f"The draft model has {model.vocab} tokens and the target {target.vocab}; use one with the same tokenizer."
+            )
         return
     ours, theirs = target.tokenizer.get_vocab(), model.tokenizer.get_vocab()
     if differing := sum(theirs.get(token) != number for token, number in ours.items()):

@@ -27,7 +27,13 @@ class Config:
     stop: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least("early_exit", layers=(self.layers, 0), depth=(self.depth, 1), width=(self.width, 1), stop=(self.stop, 0.0))
+        at_least(
+            "early_exit",
+            layers=(self.layers, 0),
+            depth=(self.depth, 1),
+            width=(self.width, 1),
+            stop=(self.stop, 0.0),
+        )
 
 
 class EarlyExit:

@@ -1,4 +1,4 @@
-"""Jacobi decoding: guess what the target said last time at the positions ahead (Santilli et al. 2023, arXiv:2305.10427)."""
+"""Jacobi decoding: guess what the target said last time at the positions ahead (Santilli 2023, arXiv:2305.10427)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Lookahead decoding: a window of Jacobi trajectories fills a pool of n-grams, which guess (Fu et al., arXiv:2402.02057).
+"""Lookahead decoding: a window of Jacobi trajectories fills a pool of n-grams, which guess (Fu 2024, arXiv:2402.02057).
 
 One draft has (W + G)(N - 1) nodes: N - 1 levels of a window of W columns, then G guesses of N - 1 tokens. Level 0 is a
 chain from the root; column i of level l follows column i of level l - 1, so columns are trajectories and the whole is a

@@ -1,4 +1,4 @@
-"""Copy what followed the last occurrence of the newest n-gram (prompt lookup, Saxena 2023; Yang et al., arXiv:2304.04487)."""
+"""Copy what followed the last occurrence of the newest n-gram (prompt lookup, Saxena 2023; cf. arXiv:2304.04487)."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Continue the longest suffix that occurred before, by how often each continuation did (SuffixDecoding, arXiv:2411.04975)."""
+"""Continue the longest suffix that occurred before, by how often each continuation did (cf. arXiv:2411.04975)."""
 
 import heapq
 from dataclasses import dataclass
