@@ -5,6 +5,7 @@ whatever was drafted, in whatever batch, after however many forwards. Sampling w
 the prefix, so exact parallel decoding is token equality (Daliri, Musco, Suresh 2024, arXiv:2408.07978).
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +17,8 @@ TARGET, DRAFT, ACCEPT, RESIDUAL = range(4)
 
 LOWEST, HIGHEST = -2.8, 22.2
 """Bounds of a Gumbel value below: no noise of this module lies outside them."""
+RARE = 8.0
+"""One token in 2,981 has a Gumbel value above this."""
 
 MASK64 = (1 << 64) - 1
 TILE = 1 << 18  # values hashed at a time, so that the working set stays in the processor's cache
@@ -87,6 +90,15 @@ class Noise:
             part.copy_(bits.view(part.shape)).mul_(-(2.0**-31) * (1 - 2.0**-23)).sub_(2.0**-32)
             part.log1p_().neg_().log_()
         return out.view(B, D, len(tokens))
+
+    def rare(self, position: Tensor, tokens: Tensor, stream: int = TARGET) -> Tensor:
+        """[I] bool: the tokens whose Gumbel value is above RARE at any of `position` [B, D]; takes no logarithm."""
+        index, below = hashed(tokens), int(-math.expm1(-math.exp(-RARE)) * 2**31) + 1
+        least = torch.full(tokens.shape, 2**31 - 1, dtype=torch.int32, device=tokens.device)
+        for row in range(len(position)):
+            bits = Noise(self.key[row : row + 1]).bits(position[row : row + 1], stream, index)
+            least = torch.minimum(least, bits.flatten(0, 1).amin(0))
+        return least <= below
 
     def gumbel(self, position: Tensor, tokens: Tensor, stream: int = TARGET) -> Tensor:
         """[B, D, I] float32 in [LOWEST, HIGHEST]: standard Gumbel values."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foretoken.errors import UserError
-from foretoken.noise import HIGHEST, LOWEST, TARGET, Noise, vocabulary
+from foretoken.noise import LOWEST, RARE, TARGET, Noise, vocabulary
 from foretoken.tree import Draft
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -82,7 +82,6 @@ class Scores:
     noise        the requests' noise
     position     [B] int64, position of the token that the root emits
     sampled      whether any row has T > 0
-    truncated    whether most of `values` may be -inf
     """
 
     draft: Draft
@@ -91,21 +90,38 @@ class Scores:
     noise: Noise
     position: Tensor
     sampled: bool
-    truncated: bool
 
     @cached_property
     def emitted(self) -> Tensor:
         """[B, N] int64: what the target says after each node: argmax of values + T * gumbel at the node's position."""
         if not self.sampled:
             return self.values.argmax(-1)
-        values, tokens = self.values, None
-        if self.truncated:  # noise is bounded: a token too far below the peak cannot win
-            floor = values.amax(-1, keepdim=True) - self.temperature * (HIGHEST - LOWEST)
-            tokens = (values >= floor).flatten(0, 1).any(0).nonzero().squeeze(-1)
-            values = values[..., tokens]
+        tokens = self.contenders()
         noise = self.log_exponential(tokens, TARGET)
-        best = torch.addcmul(values, self.temperature.to(values.dtype), noise, value=-1).argmax(-1)
-        return best if tokens is None else tokens[best]
+        values = self.values if len(tokens) == self.values.shape[-1] else self.values[..., tokens]
+        return tokens[torch.addcmul(values, self.temperature.to(values.dtype), noise, value=-1).argmax(-1)]
+
+    def contenders(self) -> Tensor:
+        """[I] int64: the tokens that can still win somewhere.
+
+        The winner scores at least peak + T * LOWEST, so a token below peak - T * (RARE - LOWEST) needs noise above RARE:
+        logarithms are taken for few tokens. On a GPU they are cheap, and a number of tokens that depends on their values
+        is not: there, all of them.
+        """
+        everything = vocabulary(self.values.shape[-1], self.values.device)
+        if self.values.device.type != "cpu":
+            return everything
+        floor = self.values.amax(-1, keepdim=True) - self.temperature.to(self.values.dtype) * (RARE - LOWEST)
+        near = (self.values - floor).flatten(0, 1).amax(0) >= 0
+        if 4 * int(near.sum()) > len(everything):
+            return everything
+        return (near | self.noise.rare(self.positions, everything)).nonzero().squeeze(-1)
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, D] int64: the position of the token emitted at each depth of the draft."""
+        depths = self.draft.width if self.draft.chained else self.draft.height + 1
+        return self.position[:, None] + torch.arange(depths, device=self.values.device)
 
     def law(self) -> Tensor:
         """[B, N, V]: the target's probabilities at each node (one-hot where T = 0)."""
@@ -115,14 +131,9 @@ class Scores:
         warm = (self.values / self.temperature.clamp(min=1e-6).to(self.values.dtype)).softmax(-1)
         return torch.where(self.temperature > 0, warm, greedy)
 
-    def log_exponential(self, tokens: Tensor | None, stream: int) -> Tensor:
+    def log_exponential(self, tokens: Tensor, stream: int) -> Tensor:
         """[B, N, I]: minus the Gumbel noise of each node's position, computed once per depth."""
-        V = self.values.shape[-1]
-        tokens = vocabulary(V, self.values.device) if tokens is None else tokens
-        levels = torch.arange(
-            self.draft.width if self.draft.chained else self.draft.height + 1, device=self.values.device
-        )
-        noise = self.noise.log_exponential(self.position[:, None] + levels, tokens, stream)
+        noise = self.noise.log_exponential(self.positions, tokens, stream)
         if self.draft.chained:  # depth is the node's number
             return noise.to(self.values.dtype)
         rows = torch.arange(len(noise), device=noise.device)[:, None]
@@ -199,7 +210,7 @@ class Sampler:
             values = self._process(values, draft, texts)
         if self.truncated:
             values = self._truncate(values)
-        return Scores(draft, values, self.temperature, self.noise, position, self.sampled, self.truncated)
+        return Scores(draft, values, self.temperature, self.noise, position, self.sampled)
 
     def shape(self, values: Tensor) -> Tensor:
         """A drafter's logits [B, n, V'] with the target's bias and truncation, so that guesses stay in its support."""

@@ -84,7 +84,7 @@ def check_tokenizers(target: Target, model: Target) -> None:
     if target.tokenizer is None or model.tokenizer is None:
         if target.vocab != model.vocab:
             raise UserError(
-                f"The draft model has {model.vocab} tokens and the target {target.vocab}; use one with the same tokenizer."
+                f"The draft model has {model.vocab} tokens and the target {target.vocab}; use one with its tokenizer."
             )
         return
     ours, theirs = target.tokenizer.get_vocab(), model.tokenizer.get_vocab()

@@ -1,0 +1,1 @@
+"""Measurements: what a forward costs, and what a method gains."""
