@@ -19,14 +19,10 @@ class Needs:
 
     width     most nodes of a draft, the root included
     features  target layers whose outputs it reads (0 the embedding, -1 the final hidden state)
-    cache     whether it writes provisional nodes into the target's cache
-    law       whether its drafts carry q, so that rejection rules can use it
     """
 
     width: int
     features: Sequence[int] = ()
-    cache: bool = False
-    law: bool = False
 
 
 @dataclass(frozen=True, slots=True)

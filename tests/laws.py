@@ -111,7 +111,7 @@ class Guesses:
         """What `rule` makes of the drafts with these uniforms and exponentials."""
         one = torch.ones(len(u), 1, 1)
         position = torch.zeros(len(u), dtype=torch.int64)
-        scores = Scores(self.draft, self.logits, one, Dial(u, race), position, True, False)  # pyright: ignore
+        scores = Scores(self.draft, self.logits, one, Dial(u, race), position, sampled=True)  # pyright: ignore
         return rule(self.draft, scores)
 
     def repeated(self, times: int) -> "Guesses":
@@ -298,7 +298,7 @@ def next_law(rule: Rule, given: Guesses, u: Tensor) -> Tensor:
 def output_law(rule: Rule, target: ToyLM, drafter: ToyLM, length: int, *, in_order: bool = True, **how) -> Tensor:
     """[V ** length]: the law of the first `length` tokens that come out of round after round; `how` as in `guesses`."""
     V = target.vocab
-    laws = [torch.ones(1, 1, dtype=torch.float64)]  # [prefixes of a length, what may still come]
+    laws = [torch.ones(V**length, 1, dtype=torch.float64)]  # per length: [its prefixes, what may still come]
     for done in range(length - 1, -1, -1):
         left, prefixes = length - done, target.prefixes(done)
         given = guesses(target, drafter, prefixes, **how)

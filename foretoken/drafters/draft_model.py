@@ -50,7 +50,7 @@ class DraftModel:
 
     @property
     def needs(self) -> Needs:
-        return Needs(width=self.shape.nodes, law=True)
+        return Needs(width=self.shape.nodes)
 
     def start(self, batch: int, capacity: int) -> State:
         return State(self.model.cache(batch, capacity, self.shape.nodes))

@@ -45,7 +45,7 @@ class EarlyExit:
 
     @property
     def needs(self) -> Needs:
-        return Needs(width=self.shape.nodes, cache=True, law=True)
+        return Needs(width=self.shape.nodes)
 
     def start(self, batch: int, capacity: int) -> Stateless:
         return Stateless()

@@ -1,0 +1,215 @@
+"""Every drafter emits what plain decoding emits, token for token: the product.
+
+The yardstick is `reference`: no cache, no batch, one forward of the whole prefix per token.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+import foretoken
+from foretoken.decode import Request, Row, Session
+from foretoken.drafters import METHODS, make_drafter
+from foretoken.generate import decode_all
+from foretoken.rules import Match
+from foretoken.sampling import Sampling
+from foretoken.target import Target
+from tests.families import SUPPORTED, make
+from tests.models import BITSTORIES, STORIES, asset
+from tests.reference import reference
+
+TOKENS = 20
+DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("none", {}),
+    "prompt_lookup": ("prompt_lookup", {"ngram": 2, "length": 5}),
+    "suffix": ("suffix", {"nodes": 9, "min_share": 0.01}),
+    "draft_model": ("draft_model", {"depth": 4}),
+    "draft_tree": ("draft_model", {"depth": 3, "width": 3}),
+    "draft_stop": ("draft_model", {"depth": 5, "width": 2, "stop": 0.2}),
+    "jacobi": ("jacobi", {"length": 4}),
+    "lookahead": ("lookahead", {"window": 4, "ngram": 3, "guesses": 3}),
+    "early_exit": ("early_exit", {"layers": 1, "depth": 3}),
+    "early_tree": ("early_exit", {"layers": 1, "depth": 2, "width": 3}),
+}
+TEMPERATURES = (0.0, 0.7, 1.3)
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Odd(LogitsProcessor):
+    """Depends on the whole prefix: discourages tokens of the parity of the prefix's sum."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        parity = (torch.arange(scores.shape[-1]) + input_ids.sum(-1, keepdim=True)) % 2
+        return scores - 2.0 * parity
+
+
+PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2, "logit_bias": {3: 1.5, 7: -2.0}}
+WARPERS = {"top_k": 12, "top_p": 0.9, "min_p": 0.02}
+
+
+def prompts_of(target: Target) -> list[list[int]]:
+    """Four prompts of different length, two of them repetitive so that look-ups find something."""
+    draw = torch.Generator().manual_seed(5)
+    words = torch.randint(3, target.vocab, (40,), generator=draw).tolist()
+    return [words[:7] * 3, words[10:13], words[20:35], (words[5:9] * 5)[:18]]
+
+
+@lru_cache(maxsize=None)
+def family(name: str, dtype: str) -> tuple[Target, Target]:
+    """The tiny model of a family, and one of other weights that drafts for it."""
+    return make(name, DTYPES[dtype]), make(name, DTYPES[dtype], seed=1)
+
+
+def drafter_for(key: str, target: Target, draft: Target) -> Any:
+    name, settings = DRAFTERS[key]
+    return make_drafter(name, target, settings | ({"path": draft} if name == "draft_model" else {}))
+
+
+@lru_cache(maxsize=None)
+def expected(name: str, dtype: str, temperature: float) -> list[list[int]]:
+    target, _ = family(name, dtype)
+    return [
+        reference(target.model, p, Sampling(temperature=temperature, seed=11), number=i, max_new_tokens=TOKENS)
+        for i, p in enumerate(prompts_of(target))
+    ]
+
+
+def run(target: Target, drafter: Any, requests: list[Request], batch_size: int | None = None) -> list[Row]:
+    return decode_all(target, drafter, requests, Match(), batch_size=batch_size)
+
+
+def test_every_method_is_among_the_drafters():
+    assert {name for name, _ in DRAFTERS.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_families(name: str, dtype: str):
+    """Families x drafters x temperatures x batch 1 and ragged 4."""
+    target, draft = family(name, dtype)
+    for temperature in TEMPERATURES:
+        want = expected(name, dtype, temperature)
+        sampling = Sampling(temperature=temperature, seed=11)
+        requests = [Request(p, sampling, i, TOKENS) for i, p in enumerate(prompts_of(target))]
+        for key in DRAFTERS:
+            drafter = drafter_for(key, target, draft)
+            for rows in (run(target, drafter, requests), run(target, drafter, requests[:1])):
+                assert [r.output for r in rows] == want[: len(rows)], (key, temperature, len(rows))
+
+
+@pytest.mark.parametrize("key", DRAFTERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalties_warpers_and_processors(key: str, dtype: str):
+    """Settings that depend on the prefix, different in every row of one batch."""
+    target, draft = family("llama", dtype)
+    settings = [
+        Sampling(temperature=0.0, seed=3, **PENALTIES),
+        Sampling(temperature=0.9, seed=4, processors=(Odd(),), **PENALTIES),
+        Sampling(temperature=1.3, seed=5, **WARPERS),
+        Sampling(temperature=0.7, seed=6, processors=(Odd(),), **(PENALTIES | WARPERS)),
+    ]
+    prompts = prompts_of(target)
+    want = [
+        reference(target.model, p, s, number=9, max_new_tokens=TOKENS) for p, s in zip(prompts, settings, strict=True)
+    ]
+    requests = [Request(p, s, 9, TOKENS) for p, s in zip(prompts, settings, strict=True)]
+    rows = run(target, drafter_for(key, target, draft), requests)
+    assert [r.output for r in rows] == want
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("key", DRAFTERS)
+def test_end_tokens_and_lengths(key: str, temperature: float):
+    """An end token anywhere in a block, and every length, cut the same output at the same place."""
+    target, draft = family("llama", "float64")
+    want = expected("llama", "float64", temperature)
+    drafter = drafter_for(key, target, draft)
+    sampling = Sampling(temperature=temperature, seed=11)
+    for place in (0, 1, 2, 5, 9, 14):
+        ends = [w[place] for w in want]
+        requests = [
+            Request(p, sampling, i, TOKENS, eos=(e,)) for i, (p, e) in enumerate(zip(prompts_of(target), ends, strict=True))
+        ]
+        for row, output, end in zip(run(target, drafter, requests), want, ends, strict=True):
+            assert row.output == output[: output.index(end) + 1]
+            assert row.finish == "eos"
+    for length in (1, 2, 3, 7):
+        requests = [Request(p, sampling, i, length + i) for i, p in enumerate(prompts_of(target))]
+        for i, row in enumerate(run(target, drafter, requests)):
+            assert row.output == want[i][: length + i]
+            assert row.finish == "length"
+
+
+@pytest.mark.parametrize("key", DRAFTERS)
+def test_rows_join_and_leave(key: str):
+    """Eight requests of different lengths through two places: neighbours and order change nothing."""
+    target, draft = family("mistral", "float64")
+    prompts = prompts_of(target)
+    sampling = Sampling(temperature=0.8, seed=2)
+    requests = [Request(prompts[i % 4], sampling, i, 3 + 4 * ((5 * i) % 7)) for i in range(8)]
+    rows = run(target, drafter_for(key, target, draft), requests, batch_size=2)
+    for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
+        alone = reference(target.model, request.tokens, sampling, number=i, max_new_tokens=request.max_new_tokens)
+        assert row.output == alone, i
+
+
+@pytest.mark.parametrize("key", DRAFTERS)
+def test_the_context_ends_the_output(key: str):
+    """At the end of the context drafts still fit, and the output stops where the context does."""
+    target, draft = family("opt", "float64")  # learned positions: a node past the end would have none
+    assert target.context is not None
+    prompt = (prompts_of(target)[0] * 40)[: target.context - 6]
+    rows = run(target, drafter_for(key, target, draft), [Request(prompt, Sampling(), 0, 50), Request(prompt[:-3], max_new_tokens=50)])
+    assert rows[0].output == reference(target.model, prompt, Sampling(), max_new_tokens=6)
+    assert [len(r.output) for r in rows] == [6, 9]
+    assert [r.finish for r in rows] == ["length", "length"]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("key", DRAFTERS)
+def test_real_models(key: str, temperature: float):
+    """A model that writes stories, and another one that drafts for it."""
+    name, settings = DRAFTERS[key]
+    target, draft = asset(BITSTORIES, torch.float32), asset(STORIES, torch.float32)
+    prompts = ["Once upon a time", "The little dog ran to the"]
+    drafter = make_drafter(name, target, settings | ({"path": draft} if name == "draft_model" else {}))
+    outputs = foretoken.generate(
+        target, prompts, drafter=drafter, temperature=temperature, seed=7, max_new_tokens=48, top_p=0.95
+    )
+    assert target.tokenizer is not None
+    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        sampling = Sampling(temperature=temperature, seed=7, top_p=0.95)
+        ids = target.tokenizer(prompt)["input_ids"]
+        assert output.token_ids == reference(target.model, ids, sampling, number=i, max_new_tokens=48)
+
+
+def test_a_wrong_reference_is_noticed():
+    """Another seed, another number or another temperature is another sample: equality is not vacuous."""
+    target, _ = family("llama", "float64")
+    prompt = prompts_of(target)[0]
+    sampling = Sampling(temperature=1.0, seed=1)
+    base = reference(target.model, prompt, sampling, max_new_tokens=TOKENS)
+    others = [
+        reference(target.model, prompt, replace(sampling, seed=2), max_new_tokens=TOKENS),
+        reference(target.model, prompt, sampling, number=1, max_new_tokens=TOKENS),
+        reference(target.model, prompt, replace(sampling, temperature=0.0), max_new_tokens=TOKENS),
+    ]
+    assert all(base != other for other in others)
+
+
+def test_guesses_are_accepted():
+    """Equality of outputs says nothing if no guess ever survives: a draft model equal to the target is always right."""
+    target, _ = family("llama", "float64")
+    for temperature in TEMPERATURES:
+        for settings in ({"depth": 4}, {"depth": 4, "width": 2}):
+            drafter = make_drafter("draft_model", target, {"path": target, **settings})
+            sampling = Sampling(temperature=temperature, seed=11)
+            session = Session(target, drafter, [Request(p, sampling, i, 21) for i, p in enumerate(prompts_of(target))])
+            while session.running:
+                session.step()
+            assert [row.forwards for row in session.rows] == [4, 4, 4, 4]
+            assert all(row.accepted == [4, 4, 4, 4] for row in session.rows)
