@@ -16,28 +16,51 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foretoken.errors import UserError
 
-BUCKET = 64
+BUCKET = 16
 """Attention reads a multiple of this many slots, not all of the capacity."""
 
 
+class Slots:
+    """Where tokens lie in layers of one size: `slot` [B, n], `size` itself for those that are not to be kept."""
+
+    def __init__(self, position: Tensor, size: int, keep: Tensor | None = None) -> None:
+        """Of `position` [B, n], those where `keep` [B, n] is True (None: all)."""
+        slot = position % size
+        self.slot, self.size = slot if keep is None else torch.where(keep, slot, size), size
+        self._flat: dict[int, Tensor] = {}
+
+    def flat(self, heads: int) -> Tensor:
+        """[B * heads * n] rows of a layer's store, made once for all layers of as many heads."""
+        if heads not in self._flat:
+            B = len(self.slot)
+            first = torch.arange(0, B * heads * self.size, self.size, device=self.slot.device).view(B, heads, 1)
+            row = torch.where(self.slot[:, None] < self.size, first + self.slot[:, None], B * heads * self.size)
+            self._flat[heads] = row.flatten()
+        return self._flat[heads]
+
+
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, stored [B * size + 1, heads, D]; the last slot takes what nobody will read."""
+    """Keys and values of one layer, stored [B * heads * size + 1, D]; the last row takes what nobody will read.
+
+    A head's slots lie together, so that attention reads memory in order.
+    """
 
     is_sliding = False
 
     def __init__(self, size: int, window: int | None, check: Callable[[int], None] | None = None) -> None:
         super().__init__()
         self.size, self.window, self.check = size, window, check
-        self.write: Tensor | None = None  # [B * N] flat slots of the nodes in flight
+        self.heads = 0
+        self.write: Slots | None = None  # of the nodes in flight
         self.visible = 0  # slots that attention reads; 0: only the nodes themselves
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        B = key_states.shape[0]
+        B, self.heads = key_states.shape[:2]
         if self.check is not None:
             per_slot = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (key_states, value_states))
             self.check(B * per_slot)
         self.keys, self.values = (
-            torch.zeros(B * self.size + 1, x.shape[1], x.shape[3], dtype=x.dtype, device=x.device)
+            torch.zeros(B * self.heads * self.size + 1, x.shape[3], dtype=x.dtype, device=x.device)
             for x in (key_states, value_states)
         )
         self.is_initialized = True
@@ -47,27 +70,26 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None and self.write is not None
+        index = self.write.flat(self.heads)
         for store, new in ((self.keys, key_states), (self.values, value_states)):
-            store.index_copy_(0, self.write, new.transpose(1, 2).flatten(0, 1))
+            store.index_copy_(0, index, new.flatten(0, 2))
         if self.visible == 0:
             return key_states, value_states
-        return self.read(self.keys), self.read(self.values)
-
-    def read(self, store: Tensor) -> Tensor:
-        return self.rows(store)[:, : self.visible].transpose(1, 2)
+        return self.rows(self.keys)[:, :, : self.visible], self.rows(self.values)[:, :, : self.visible]
 
     def rows(self, store: Tensor) -> Tensor:
-        """[B, size, heads, D] view of the slots."""
-        return store[:-1].unflatten(0, (-1, self.size))
+        """[B, heads, size, D] view of the slots."""
+        return store[:-1].unflatten(0, (-1, self.heads, self.size))
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy the slots `source` to `target` (flat, both [n])."""
+    def move(self, source: Slots, target: Slots) -> None:
+        """Copy slots to slots in every row."""
         if self.keys is not None and self.values is not None:
+            read, write = source.flat(self.heads), target.flat(self.heads)
             for store in (self.keys, self.values):
-                store.index_copy_(0, target, store.index_select(0, source))
+                store.index_copy_(0, write, store.index_select(0, read))
 
     def regroup(self, pick: Callable[[Tensor], Tensor]) -> None:
-        """Replace the rows [B, size, heads, D] by `pick` of them."""
+        """Replace the rows [B, heads, size, D] by `pick` of them."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = (with_spare(pick(self.rows(store))) for store in (self.keys, self.values))
 
@@ -86,9 +108,9 @@ class SlotLayer(CacheLayerMixin):
 
 
 def with_spare(rows: Tensor) -> Tensor:
-    """[B * size + 1, heads, D] from rows [B, size, heads, D]."""
-    flat = rows.flatten(0, 1)
-    return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+    """[B * heads * size + 1, D] from rows [B, heads, size, D]."""
+    flat = rows.flatten(0, 2)
+    return torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
 
 
 class SlotCache(Cache):
@@ -140,10 +162,10 @@ class SlotCache(Cache):
             )
         node = self.length[:, None] + offset + torch.arange(n, device=depth.device)
         masks: dict[int | None, Tensor] = {}
-        writes: dict[int, Tensor] = {}
+        writes: dict[int, Slots] = {}
         for layer in self.slots:
             if layer.size not in writes:
-                writes[layer.size] = self.flat(node, layer.size, keep)
+                writes[layer.size] = Slots(node, layer.size, keep)
             layer.write = writes[layer.size]
             layer.visible = 0
             if ancestors is not None:
@@ -153,14 +175,6 @@ class SlotCache(Cache):
                     zero = torch.zeros((), dtype=dtype, device=depth.device)
                     masks[layer.window] = torch.where(seen, zero, torch.finfo(dtype).min)[:, None]
         return masks if ancestors is not None else None
-
-    def flat(self, slot: Tensor, size: int, keep: Tensor | None) -> Tensor:
-        """[B * n] rows of a layer's store for `slot` [B, n]; the spare one where `keep` is False."""
-        first = torch.arange(len(slot), device=slot.device)[:, None] * size
-        index = first + slot % size
-        if keep is not None:
-            index = torch.where(keep, index, len(slot) * size)
-        return index.flatten()
 
     def seen(self, depth: Tensor, ancestors: Tensor, layer: SlotLayer) -> Tensor:
         """[B, n, slots] bool: which slots each node attends to."""
@@ -180,11 +194,11 @@ class SlotCache(Cache):
         if path is not None:
             step = torch.arange(path.shape[1], device=path.device)
             keep = step < torch.tensor(count, device=path.device)[:, None]
-            moves: dict[int, tuple[Tensor, Tensor]] = {}
+            moves: dict[int, tuple[Slots, Slots]] = {}
             for layer in self.slots:
                 if layer.size not in moves:
-                    source = self.flat(self.length[:, None] + path, layer.size, None)
-                    moves[layer.size] = source, self.flat(self.length[:, None] + step, layer.size, keep)
+                    source = Slots(self.length[:, None] + path, layer.size)
+                    moves[layer.size] = source, Slots(self.length[:, None] + step, layer.size, keep)
                 layer.move(*moves[layer.size])
         self._resize([a + b for a, b in zip(self.lengths, count, strict=True)])
 

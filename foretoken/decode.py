@@ -7,7 +7,6 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from foretoken.cache import BUCKET
 from foretoken.drafter import Drafter, Feed
 from foretoken.errors import UserError
 from foretoken.noise import Noise
@@ -156,10 +155,12 @@ class Session:
         *,
         rule: Rule | None = None,
         capacity: int | None = None,
+        on_read: Callable[[int, int], None] | None = None,
     ) -> None:
         """Read the prompts and emit one token for each.
 
         capacity: tokens per row, by default what the requests need; rows that join later must need no more.
+        on_read: told the prompt tokens read so far, and of how many, after each chunk of the longest prompt.
         """
         self.target, self.drafter, self.rule = target, drafter, rule or Match()
         for request in requests:
@@ -177,7 +178,7 @@ class Session:
                 row.stream = TextStream(target.tokenizer, row.request.stop, row.request.tokens)
         self._eos = self._eos_table()
         with torch.inference_mode():
-            self.last = self._prefill()
+            self.last = self._prefill(on_read)
 
     def _fitted(self, request: Request) -> Request:
         """The request, with no more new tokens than the context holds."""
@@ -191,13 +192,13 @@ class Session:
         table = [[*row.request.eos, *[-1] * (E - len(row.request.eos))] for row in self.rows]
         return torch.tensor(table, dtype=torch.int64, device=self.target.device).view(-1, E)
 
-    def _prefill(self) -> Step:
+    def _prefill(self, on_read: Callable[[int, int], None] | None) -> Step:
         """The prompts as chains accepted whole: the first tokens are what the target says after them."""
         prompts = [list(row.request.tokens) for row in self.rows]
         longest = max(len(p) for p in prompts)
         tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=self.target.device)
         count = [len(p) for p in prompts]
-        read = self.target.read(tokens, count, self.cache, self.drafter.needs.features)
+        read = self.target.read(tokens, count, self.cache, self.drafter.needs.features, on_read)
         counts = torch.tensor(count, device=self.target.device)
         self.sampler.observe(tokens, counts, output=False)
         draft = chain(tokens.gather(1, counts[:, None] - 1))
@@ -296,11 +297,11 @@ class Session:
 
 
 def capacity_for(target: Target, drafter: Drafter, requests: Sequence[Request]) -> int:
-    """Cache slots that each row needs: the longest request and one draft behind it, in whole buckets."""
+    """Cache slots that each row needs: the longest request and one draft behind it."""
     needed = max(len(r.tokens) + r.max_new_tokens for r in requests)
     if target.context is not None:
         needed = min(needed, target.context)
-    return -(-(needed + drafter.needs.width) // BUCKET) * BUCKET
+    return needed + drafter.needs.width
 
 
 def check_request(target: Target, request: Request) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from foretoken.attention import adopt
 from foretoken.errors import UserError, unknown
 from foretoken.target import Target, layer_windows, model_class_of
 
@@ -34,7 +35,7 @@ def load(
 
     dtype      as saved, if None; "float32", "float64", "bfloat16", "float16"
     device     cuda if there is one, else cpu, if None
-    attention  transformers' attention implementation ("sdpa", "eager"), its own choice if None
+    attention  transformers' attention implementation ("sdpa", "eager"); ours in place of "sdpa", if None
 
     `UserError` if there is no model, the model cannot branch (decided before weights load), or weights are missing or
     cut short.
@@ -63,6 +64,8 @@ def load(
             f"The weights of {name!r} lack {len(missing)} tensors, {missing[0]!r} first; the checkpoint is incomplete: "
             "fetch it again."
         )
+    if attention is None:
+        adopt(model)
     return Target(model.to(where), read_tokenizer(name))
 
 

@@ -40,8 +40,8 @@ class Machine:
 
     def line(self) -> str:
         return (
-            f"{self.processor}, {self.threads} threads, {self.memory_gib} GiB; Python {self.python}, torch {self.torch}, "
-            f"transformers {self.transformers}, foretoken {self.foretoken}"
+            f"{self.processor}, {self.threads} threads, {self.memory_gib} GiB; Python {self.python}, "
+            f"torch {self.torch}, transformers {self.transformers}, foretoken {self.foretoken}"
         )
 
 

@@ -1,13 +1,15 @@
-"""`foretoken bench-step`: the time of a forward at each width, beside unmodified transformers, and of the engine's own work.
+"""`foretoken bench-step`: what a forward costs at each width, beside unmodified transformers, and the engine's own work.
 
-Everything is measured in one process, interleaved: each repeat times every width once, so that a change of the
-machine's speed meets all of them. Medians are reported.
+Everything is measured in one process, interleaved: each repeat times every case once in a new order, so that a change
+of the machine's speed meets all of them. Medians are reported.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -18,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from foretoken.attention import NAME, adopt
 from foretoken.bench.machine import Machine, read_bandwidth, synchronise
 from foretoken.cache import SlotCache
 from foretoken.decode import Request, Session
@@ -58,10 +61,11 @@ def target_for(model: str, dtype: str | None) -> Target:
         return load(model, dtype=dtype)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    built = LlamaForCausalLM(SYNTHETIC[model]).to(device, DTYPES[dtype or "bfloat16"])
+    built: Any = LlamaForCausalLM(SYNTHETIC[model])
     built.generation_config.eos_token_id = None
     built.generation_config.pad_token_id = 0
-    return Target(built)
+    adopt(built)
+    return Target(built.to(device, DTYPES[dtype or "bfloat16"]))
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
@@ -94,20 +98,41 @@ def forward_times(target: Target, widths: list[int], context: int, repeats: int)
     )
     steps = generate_steps(target, prompt, repeats + 2)
     times = Times({w: [] for w in widths}, {w: [] for w in widths}, [], [])
+
+    def one(kind: str, width: int) -> float:
+        draft = draft_of(width, vocab, device)
+        if kind == "ours":
+            return timed(lambda: target.judge(draft, cache), device)
+        if kind == "step":
+            return timed(session.step, device)
+        if kind == "generate":
+            with unmodified(target):
+                return next(steps)
+        with unmodified(target):
+            seconds = timed(lambda: theirs_forward(target, draft, dynamic), device)
+        dynamic.crop(-width)
+        return seconds
+
+    work = [(kind, w) for kind in ("ours", "theirs") for w in widths] + [("step", 1), ("generate", 1)]
+    order, kept = Random(0), {"step": times.plain_step, "generate": times.generate_step}
     for repeat in track(range(repeats + 2), "forwards", transient=True, console=Console(stderr=True)):
-        for w in widths:
-            draft = draft_of(w, vocab, device)
-            ours = timed(lambda draft=draft: target.judge(draft, cache), device)
-            theirs = timed(lambda draft=draft: theirs_forward(target, draft, dynamic), device)
-            dynamic.crop(-w)
+        order.shuffle(work)  # what runs before leaves its traces in the caches
+        for kind, w in work:
+            seconds = one(kind, w)
             if repeat >= 2:
-                times.ours[w].append(ours)
-                times.theirs[w].append(theirs)
-        plain, generated = timed(session.step, device), next(steps)
-        if repeat >= 2:
-            times.plain_step.append(plain)
-            times.generate_step.append(generated)
+                kept.get(kind, (times.ours if kind == "ours" else times.theirs)[w]).append(seconds)
     return times
+
+
+@contextmanager
+def unmodified(target: Target) -> Generator[None]:
+    """The model with transformers' own attention in place of ours."""
+    ours: Any = target.model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+    target.model.set_attn_implementation("sdpa" if ours == NAME else ours)
+    try:
+        yield
+    finally:
+        target.model.set_attn_implementation(ours)
 
 
 def theirs_forward(target: Target, draft: Draft, cache: DynamicCache) -> None:
@@ -191,7 +216,7 @@ def cache_ratio(target: Target, tokens: int, width: int = 8) -> float:
     static = StaticCache(config=target.config, max_cache_len=tokens)
     static.early_initialization(1, heads, size, target.dtype, target.device)
     theirs = sum(x.nbytes for layer in static.layers for x in (layer.keys, layer.values))  # pyright: ignore
-    ours: SlotCache = target.cache(1, -(-(tokens + width) // 64) * 64, width)
+    ours: SlotCache = target.cache(1, tokens + width, width)
     target.read(torch.zeros(1, 4, dtype=torch.int64, device=target.device), [4], ours)
     return ours.nbytes / theirs
 
@@ -200,7 +225,9 @@ def cache_ratio(target: Target, tokens: int, width: int = 8) -> float:
 def run(model: str, dtype: str | None, widths: list[int], context: int, repeats: int, out: str | None) -> None:
     """Measure, print the tables, and write them as JSON to `out` if given."""
     if any(w < 1 for w in widths) or repeats < 1 or context < 8:
-        raise UserError(f"Widths {widths}, {repeats} repeats, context {context}: all widths and repeats must be 1 or more, the context 8.")
+        raise UserError(
+            f"Widths {widths}, {repeats} repeats, context {context}: widths and repeats start at 1, the context at 8."
+        )
     target, console = target_for(model, dtype), Console()
     weights = sum(p.nbytes for p in target.model.parameters())
     result: dict[str, Any] = {
@@ -221,7 +248,9 @@ def run(model: str, dtype: str | None, widths: list[int], context: int, repeats:
     result["generate_over_step"] = paired(times.generate_step, times.plain_step)
     result["floor_ms"] = weights / result["bandwidth_gb_s"] / 1e6
     result["engine_ms"] = {
-        f"batch {b}, temperature {t:g}": median(engine_times(32000, b, t, repeats)) * 1e3 for t in (0.0, 1.0) for b in (1, 8)
+        f"batch {b}, temperature {t:g}": median(engine_times(32000, b, t, repeats)) * 1e3
+        for t in (0.0, 1.0)
+        for b in (1, 8)
     }
     result["cache_over_static"] = {n: cache_ratio(target, n) for n in (512, 2048)}
     show(result, console)
@@ -237,8 +266,8 @@ def paired(a: list[float], b: list[float]) -> float:
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the measurement as tables."""
     console.print(
-        f"{result['model']}: {result['parameters'] / 1e6:.1f}M parameters, {result['dtype']}, {result['context']} tokens "
-        f"committed; read bandwidth {result['bandwidth_gb_s']:.1f} GB/s, so {result['floor_ms']:.1f} ms at least per forward"
+        f"{result['model']}: {result['parameters'] / 1e6:.1f}M parameters, {result['dtype']}, {result['context']} "
+        f"tokens committed; read bandwidth {result['bandwidth_gb_s']:.1f} GB/s, so {result['floor_ms']:.1f} ms at least"
     )
     table = Table("width", "ms", "v(width)", "transformers ms", "ratio", title="One forward", title_justify="left")
     for w, row in result["widths"].items():
@@ -246,10 +275,12 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(str(w), f"{row['ms']:.2f}", f"{row['v']:.2f}", f"{row['transformers_ms']:.2f}", f"{ratio:.2f}")
     console.print(table)
     console.print(
-        f"One token: {result['step_ms']:.2f} ms with Session.step, {result['generate_ms']:.2f} ms with transformers' generate "
-        f"(paired ratio {result['generate_over_step']:.2f})"
+        f"One token: {result['step_ms']:.2f} ms with Session.step, {result['generate_ms']:.2f} ms with transformers' "
+        f"generate (paired ratio {result['generate_over_step']:.2f})"
     )
-    table = Table("case", "ms per step", title="The engine's own work, width 8, vocabulary 32,000", title_justify="left")
+    table = Table(
+        "case", "ms per step", title="The engine's own work, width 8, vocabulary 32,000", title_justify="left"
+    )
     for case, ms in result["engine_ms"].items():
         table.add_row(case, f"{ms:.2f}")
     console.print(table)
