@@ -4,7 +4,7 @@ The yardstick is `reference`: no cache, no batch, one forward of the whole prefi
 """
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,7 +47,12 @@ class Odd(LogitsProcessor):
         return scores - 2.0 * parity
 
 
-PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2, "logit_bias": {3: 1.5, 7: -2.0}}
+PENALTIES = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.2,
+    "logit_bias": {3: 1.5, 7: -2.0},
+}
 WARPERS = {"top_k": 12, "top_p": 0.9, "min_p": 0.02}
 
 
@@ -58,7 +63,7 @@ def prompts_of(target: Target) -> list[list[int]]:
     return [words[:7] * 3, words[10:13], words[20:35], (words[5:9] * 5)[:18]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def family(name: str, dtype: str) -> tuple[Target, Target]:
     """The tiny model of a family, and one of other weights that drafts for it."""
     return make(name, DTYPES[dtype]), make(name, DTYPES[dtype], seed=1)
@@ -69,7 +74,7 @@ def drafter_for(key: str, target: Target, draft: Target) -> Any:
     return make_drafter(name, target, settings | ({"path": draft} if name == "draft_model" else {}))
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(name: str, dtype: str, temperature: float) -> list[list[int]]:
     target, _ = family(name, dtype)
     return [
@@ -132,7 +137,8 @@ def test_end_tokens_and_lengths(key: str, temperature: float):
     for place in (0, 1, 2, 5, 9, 14):
         ends = [w[place] for w in want]
         requests = [
-            Request(p, sampling, i, TOKENS, eos=(e,)) for i, (p, e) in enumerate(zip(prompts_of(target), ends, strict=True))
+            Request(p, sampling, i, TOKENS, eos=(e,))
+            for i, (p, e) in enumerate(zip(prompts_of(target), ends, strict=True))
         ]
         for row, output, end in zip(run(target, drafter, requests), want, ends, strict=True):
             assert row.output == output[: output.index(end) + 1]
@@ -163,7 +169,11 @@ def test_the_context_ends_the_output(key: str):
     target, draft = family("opt", "float64")  # learned positions: a node past the end would have none
     assert target.context is not None
     prompt = (prompts_of(target)[0] * 40)[: target.context - 6]
-    rows = run(target, drafter_for(key, target, draft), [Request(prompt, Sampling(), 0, 50), Request(prompt[:-3], max_new_tokens=50)])
+    rows = run(
+        target,
+        drafter_for(key, target, draft),
+        [Request(prompt, Sampling(), 0, 50), Request(prompt[:-3], max_new_tokens=50)],
+    )
     assert rows[0].output == reference(target.model, prompt, Sampling(), max_new_tokens=6)
     assert [len(r.output) for r in rows] == [6, 9]
     assert [r.finish for r in rows] == ["length", "length"]
@@ -205,11 +215,10 @@ def test_guesses_are_accepted():
     """Equality of outputs says nothing if no guess ever survives: a draft model equal to the target is always right."""
     target, _ = family("llama", "float64")
     for temperature in TEMPERATURES:
-        for settings in ({"depth": 4}, {"depth": 4, "width": 2}):
-            drafter = make_drafter("draft_model", target, {"path": target, **settings})
-            sampling = Sampling(temperature=temperature, seed=11)
-            session = Session(target, drafter, [Request(p, sampling, i, 21) for i, p in enumerate(prompts_of(target))])
-            while session.running:
-                session.step()
-            assert [row.forwards for row in session.rows] == [4, 4, 4, 4]
-            assert all(row.accepted == [4, 4, 4, 4] for row in session.rows)
+        drafter = make_drafter("draft_model", target, {"path": target, "depth": 4})
+        sampling = Sampling(temperature=temperature, seed=11)
+        session = Session(target, drafter, [Request(p, sampling, i, 21) for i, p in enumerate(prompts_of(target))])
+        while session.running:
+            session.step()
+        assert [row.forwards for row in session.rows] == [4, 4, 4, 4]
+        assert all(row.accepted == [4, 4, 4, 4] for row in session.rows)
