@@ -65,6 +65,13 @@ class SlotLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
+    def blank(self, like: "SlotLayer", batch: int) -> None:
+        """Allocate `batch` empty rows shaped like another's, unless there are rows already."""
+        if self.keys is None and like.keys is not None and like.values is not None:
+            self.heads, size = like.heads, batch * like.heads * self.size + 1
+            self.keys, self.values = (store.new_zeros(size, store.shape[1]) for store in (like.keys, like.values))
+            self.is_initialized = True
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [B, heads, N, D] keys and values; return those that the nodes may see, [B, heads, slots, D]."""
         if not self.is_initialized:
@@ -145,22 +152,24 @@ class SlotCache(Cache):
         ancestors: Tensor | None,
         offset: int,
         dtype: torch.dtype,
-        keep: Tensor | None = None,
+        count: list[int] | None = None,
     ) -> dict[int | None, Tensor] | None:
         """Prepare every layer for nodes `offset .. offset + n - 1`; return the additive mask of each window.
 
         depth      [B, n] int64, distance of each node to the first uncommitted position
         ancestors  [B, n, offset + n] bool, the nodes that each sees; None: a prompt's first chunk, which needs no mask
-        keep       [B, n] bool, nodes to be stored at all (None: all)
+        count      per row, how many of the n nodes are to be stored, the others being padding (None: all)
         returns    window -> [B, 1, n, slots] of 0 and the lowest value of `dtype`; None without ancestors
         """
         n = depth.shape[1]
-        if self.longest + offset + n > self.capacity:
-            raise UserError(
-                f"The cache holds {self.capacity} tokens and {self.longest + offset + n} are needed; "
-                "ask for more capacity."
-            )
-        node = self.length[:, None] + offset + torch.arange(n, device=depth.device)
+        counts = [n] * len(self.lengths) if count is None else count
+        needed = max(length + offset + c for length, c in zip(self.lengths, counts, strict=True))
+        if needed > self.capacity:
+            raise UserError(f"The cache holds {self.capacity} tokens and {needed} are needed; ask for more capacity.")
+        step = torch.arange(n, device=depth.device)
+        node = self.length[:, None] + offset + step
+        real = torch.tensor(counts, device=depth.device)[:, None]
+        keep = None if count is None else step < real
         masks: dict[int | None, Tensor] = {}
         writes: dict[int, Slots] = {}
         for layer in self.slots:
@@ -169,25 +178,25 @@ class SlotCache(Cache):
             layer.write = writes[layer.size]
             layer.visible = 0
             if ancestors is not None:
-                layer.visible = min(layer.size, -(-(self.longest + offset + n) // BUCKET) * BUCKET)
+                layer.visible = min(layer.size, -(-needed // BUCKET) * BUCKET)
                 if layer.window not in masks:
-                    seen = self.seen(depth, ancestors, layer)
+                    seen = self.seen(depth, ancestors, layer, offset + real)
                     zero = torch.zeros((), dtype=dtype, device=depth.device)
                     masks[layer.window] = torch.where(seen, zero, torch.finfo(dtype).min)[:, None]
         return masks if ancestors is not None else None
 
-    def seen(self, depth: Tensor, ancestors: Tensor, layer: SlotLayer) -> Tensor:
-        """[B, n, slots] bool: which slots each node attends to."""
+    def seen(self, depth: Tensor, ancestors: Tensor, layer: SlotLayer, real: Tensor) -> Tensor:
+        """[B, n, slots] bool: which slots each node attends to; `real` [B, 1] nodes of each row are stored."""
         M = ancestors.shape[2]
         slot = torch.arange(layer.visible, device=depth.device)
-        ahead = (slot - self.length[:, None]) % layer.size  # [B, slots]: node number, or committed from M on
+        ahead = (slot - self.length[:, None]) % layer.size  # [B, slots]: node number, or committed behind the nodes
         age = layer.size - ahead  # of a committed slot: distance to the first uncommitted position
-        committed = ((ahead >= M) & (age <= self.length[:, None]))[:, None]  # [B, 1, slots]
+        committed = ((ahead >= real) & (age <= self.length[:, None]))[:, None]  # [B, 1, slots]
         if layer.window is not None:
             committed = committed & (age[:, None] + depth[..., None] < layer.window)
             ancestors = ancestors & (ancestors.flip(-1).cumsum(-1).flip(-1) <= layer.window)
         index = ahead.clamp(max=M - 1)[:, None].expand(-1, depth.shape[1], -1)
-        return torch.where((ahead < M)[:, None], ancestors.gather(2, index), committed)
+        return torch.where((ahead < real)[:, None], ancestors.gather(2, index), committed)
 
     def commit(self, path: Tensor | None, count: list[int]) -> None:
         """Make the first `count[b]` nodes of `path` [B, n] part of row b; None: of the chain 0, 1, 2, ..."""
@@ -221,9 +230,13 @@ class SlotCache(Cache):
     def join(self, other: "SlotCache") -> None:
         """Append the rows of `other`, a cache of the same layers and capacity."""
         for mine, theirs in zip(self.slots, other.slots, strict=True):
-            assert mine.size == theirs.size and theirs.keys is not None and theirs.values is not None
-            more = iter((theirs.rows(theirs.keys), theirs.rows(theirs.values)))
-            mine.regroup(lambda x, more=more: torch.cat([x, next(more)]))
+            assert mine.size == theirs.size
+            if theirs.keys is not None:
+                mine.blank(theirs, len(self.lengths))
+            if mine.keys is not None:
+                theirs.blank(mine, len(other.lengths))
+                more = iter(theirs.rows(store) for store in (theirs.keys, theirs.values) if store is not None)
+                mine.regroup(lambda x, more=more: torch.cat([x, next(more)]))
         self._resize(self.lengths + other.lengths)
 
     def first(self, layers: int) -> "SlotCache":

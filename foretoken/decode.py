@@ -95,9 +95,11 @@ class Row:
             self.ended = perf_counter()
         return tokens
 
-
     def _until_stop(self, tokens: list[int]) -> list[int]:
         """The emitted tokens up to the one that completes a stop string or meets the caller's condition."""
+        if self.stream is not None and not self.request.stop and self.request.until is None:
+            self.stream.push(*tokens)
+            return tokens
         for i, token in enumerate(tokens):
             stopped = self.stream is not None and self.stream.push(token)
             if stopped or (self.request.until is not None and self.request.until(self.text + tokens[: i + 1])):

@@ -121,8 +121,11 @@ def decode_all(
     *,
     batch_size: int | None = None,
     on_step: Callable[[Session], None] | None = None,
+    on_read: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Every request's finished row, in order; at most `batch_size` run together, and one that ends makes room."""
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; decode at least 1 prompt at a time.")
     capacity = capacity_for(target, drafter, requests)
     waiting, done = list(range(len(requests))), dict[int, Row]()
     session: Session | None = None
@@ -131,7 +134,9 @@ def decode_all(
         room = (batch_size or len(requests)) - len(members)
         if waiting and room > 0:
             entering, waiting = waiting[:room], waiting[room:]
-            newcomers = Session(target, drafter, [requests[i] for i in entering], rule=rule, capacity=capacity)
+            newcomers = Session(
+                target, drafter, [requests[i] for i in entering], rule=rule, capacity=capacity, on_read=on_read
+            )
             members += entering
             if session is None:
                 session = newcomers
@@ -166,6 +171,7 @@ def generate(
     batch_size: int | None = None,
     numbers: Sequence[int] | None = None,
     on_step: Callable[[Session], None] | None = None,
+    on_read: Callable[[int, int], None] | None = None,
     **sampling: Any,
 ) -> Any:
     """An `Output` for one prompt (text or token ids), a list of them for a list of prompts.
@@ -174,6 +180,8 @@ def generate(
     rule        acceptance rule; every exact one leaves the law unchanged, and "match" every token
     batch_size  rows decoded together (all of them if None)
     numbers     names of the prompts' noise (0, 1, ...): a prompt's sample depends on its number and the seed alone
+    on_step     called with the session after each step
+    on_read     called with the prompt tokens read so far and their number, after each chunk
     sampling    fields of `Sampling`: temperature, top_k, top_p, min_p, penalties, logit_bias, processors, seed
     """
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
@@ -190,7 +198,7 @@ def generate(
         stop=stop,
         logprobs=logprobs,
     )
-    rows = decode_all(target, method, requests, judge, batch_size=batch_size, on_step=on_step)
+    rows = decode_all(target, method, requests, judge, batch_size=batch_size, on_step=on_step, on_read=on_read)
     outputs = [output_of(row, target, judge) for row in rows]
     return outputs[0] if single else outputs
 
@@ -215,6 +223,7 @@ def stream(
     max_new_tokens: int = 128,
     stop: Sequence[str] = (),
     number: int = 0,
+    on_read: Callable[[int, int], None] | None = None,
     **sampling: Any,
 ) -> Iterator[Piece]:
     """The text of one prompt's output as it comes; no piece splits a character or shows part of a stop string."""
@@ -228,7 +237,7 @@ def stream(
         stop=stop,
         stream=True,
     )
-    session = Session(target, method, requests, rule=judge)
+    session = Session(target, method, requests, rule=judge, on_read=on_read)
     row = session.rows[0]
     assert row.stream is not None
     shown = 0

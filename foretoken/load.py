@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from foretoken.attention import adopt
 from foretoken.errors import UserError, unknown
-from foretoken.target import Target, layer_windows, model_class_of
+from foretoken.target import TREE_ATTENTION, Target, layer_windows, model_class_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -43,10 +43,12 @@ def load(
     name = str(path)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if attention is not None and attention not in TREE_ATTENTION:
+        raise unknown("attention implementation that reads trees", attention, TREE_ATTENTION)
     config = read_config(name)
     model_class = model_class_of(config)
     layer_windows(config.get_text_config(decoder=True), model_class)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_of(device)
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if isinstance(dtype, str) else dtype or "auto"}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -66,13 +68,29 @@ def load(
         )
     if attention is None:
         adopt(model)
+    if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # torch has no grouped product in float64
     return Target(model.to(where), read_tokenizer(name))
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device of that name, a GPU or else the CPU if None; `UserError` if this machine has no such device."""
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of them, by device
+        raise UserError(f"torch has no device {str(device)!r} here; give another, such as 'cpu'.") from error
+    return where
 
 
 def read_config(name: str) -> PreTrainedConfig:
     """The configuration at `name`; `UserError` if there is none."""
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name!r} holds no config.json; give the folder of a transformers checkpoint or a hub name.")
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(
+            f"{name!r} is no model, since there is no such folder; give a transformers checkpoint or a hub name."
+        )
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

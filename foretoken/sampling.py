@@ -59,6 +59,8 @@ class Sampling:
                 self.repetition_penalty > 0,
                 "above 0 (1 is off)",
             ),
+            ("presence_penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "a finite number"),
+            ("frequency_penalty", self.frequency_penalty, math.isfinite(self.frequency_penalty), "a finite number"),
         ]
         for name, value, good, need in limits:
             if not good:

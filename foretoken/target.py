@@ -6,7 +6,7 @@ The seams: a `Cache` of our layers, 4-D masks (a dict of them where layers diffe
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,23 @@ from foretoken.tree import Draft
 
 CHUNK = 512
 """Prompt tokens read per forward."""
+
+TREE_ATTENTION = ("sdpa", "eager", "foretoken")
+"""transformers' attention implementations that take a mask [B, 1, n, slots]."""
+
+ENCODERS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+"""Model types that transformers also runs as decoders, some with positions numbered from the padding token."""
+
+UNSUITED = dict.fromkeys(ENCODERS, "is made for reading in both directions") | {
+    "bloom": "computes ALiBi positions from a padding mask",
+    "mpt": "computes ALiBi positions from a padding mask",
+    "gpt_neo": "cuts its local layers' windows by cache slot, not by mask",
+    "moshi": "generates sound beside text",
+}
+"""Why a model of this type can read no tree, where neither its cache layers nor its signature says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +60,12 @@ class Target:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
         self.windows = layer_windows(self.config, type(model))
-        accepts = inspect.signature(model.forward).parameters
-        if "position_ids" not in accepts:
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        attention = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+        if attention not in TREE_ATTENTION:
             raise UserError(
-                f"{type(model).__name__}.forward takes no position_ids, so it cannot read a tree; use another model."
+                f"The model uses {attention!r} attention, which takes no tree masks; load it with 'sdpa' or 'eager'."
             )
-        self._keeps_logits = "logits_to_keep" in accepts
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +82,8 @@ class Target:
     @property
     def context(self) -> int | None:
         """Tokens that fit, prompt and output together; None without a limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        limits = [getattr(self.config, "max_position_embeddings", None), constant_rope_length(self.config)]
+        return min((n for n in limits if n is not None), default=None)
 
     @property
     def name(self) -> str:
@@ -93,7 +111,7 @@ class Target:
         cache: SlotCache,
         *,
         offset: int = 0,
-        keep: Tensor | None = None,
+        count: list[int] | None = None,
         at: Sequence[int] | None = None,
         features: Sequence[int] = (),
     ) -> Read:
@@ -102,11 +120,11 @@ class Target:
         tokens     [B, n] int64
         depth      [B, n] int64, 0 at the first uncommitted position
         ancestors  [B, n, offset + n] bool; None: a chain behind an empty cache, read by the ordinary causal path
-        keep       [B, n] bool, nodes to store (None: all)
+        count      per row, how many of the n nodes to store (None: all)
         at         the columns whose logits are wanted (None: all)
         features   layers whose outputs are wanted; 0 is the embedding, -1 the final hidden state
         """
-        masks = cache.plan(depth, ancestors, offset, self.dtype, keep)
+        masks = cache.plan(depth, ancestors, offset, self.dtype, count)
         position = cache.length[:, None] + depth
         if self.context is not None:
             position = position.clamp(max=self.context - 1)  # nodes past the end are cut by the caller
@@ -115,7 +133,7 @@ class Target:
             extra["logits_to_keep"] = torch.tensor(at, device=tokens.device)
         out = self.model(
             input_ids=tokens,
-            attention_mask=masks if masks is None or len(masks) > 1 else next(iter(masks.values())),
+            attention_mask=None if masks is None else self._by_layer_type(masks),
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
@@ -127,10 +145,24 @@ class Target:
         states = torch.cat([out.hidden_states[i] for i in features], -1) if features else None
         return Read(out.logits, states)
 
-    def read(self, tokens: Tensor, count: list[int], cache: SlotCache, features: Sequence[int] = ()) -> Read:
+    def _by_layer_type(self, masks: dict[int | None, Tensor]) -> Tensor | dict[str, Tensor]:
+        """The mask [B, 1, n, slots] of all layers, or one per layer type where windows differ."""
+        if len(masks) == 1:
+            return next(iter(masks.values()))
+        return {kind: masks[window] for kind, window in zip(self.config.layer_types, self.windows, strict=False)}
+
+    def read(
+        self,
+        tokens: Tensor,
+        count: list[int],
+        cache: SlotCache,
+        features: Sequence[int] = (),
+        on_read: Callable[[int, int], None] | None = None,
+    ) -> Read:
         """Append the first `count[b]` of `tokens` [B, M] to row b, in chunks.
 
-        Returns the logits [B, 1, V] at each row's last token and the features [B, M, F] of all of them.
+        Returns the logits [B, 1, V] at each row's last token and the features [B, M, F] of all of them. `on_read` is
+        told the tokens read so far and M after each chunk.
         """
         B, M = tokens.shape
         states: list[Tensor] = []
@@ -147,7 +179,7 @@ class Target:
                 node.expand(B, n),
                 (node <= node[:, None]).expand(B, n, n) if cache.longest else None,
                 cache,
-                keep=node < torch.tensor(taken, device=tokens.device)[:, None] if min(taken) < n else None,
+                count=taken if min(taken) < n else None,
                 at=at,
                 features=features,
             )
@@ -156,6 +188,8 @@ class Target:
             if out.features is not None:
                 states.append(out.features)
             cache.commit(None, taken)
+            if on_read is not None:
+                on_read(start + n, M)
         return Read(logits, torch.cat(states, 1) if states else None)
 
     def shallow(self, layers: int) -> "Target":
@@ -186,16 +220,15 @@ def truncated(module: nn.Module, total: int, kept: int) -> nn.Module:
 def layer_windows(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> list[int | None]:
     """Per layer, None for full attention or the length of its sliding window; `UserError` if the model cannot branch.
 
-    Decided from the configuration alone, before any weight is loaded: a cache layer that is not plain keys and values
-    (recurrent state, convolution, index) cannot hold a tree.
+    Decided from the configuration and the class alone, before any weight is loaded: a cache layer that is not plain
+    keys and values (recurrent state, convolution, index) cannot hold a tree.
     """
-    kind = getattr(config, "model_type", "model")
+    kind = config.model_type
+    require_forward(kind, config, model_class)
     refusal = UserError(
-        f"{kind!r} keeps a recurrent or compressed state that cannot branch or roll back, which judging a draft needs; "
-        "use a model whose layers all have full or sliding attention."
+        f"{kind!r} keeps a recurrent, shared or compressed state that cannot branch or roll back, which judging a "
+        "draft needs; use a model whose layers all have full or sliding attention."
     )
-    if getattr(config, "alibi", False) or kind in ("bloom", "mpt"):
-        raise UserError(f"{kind!r} computes ALiBi positions from a padding mask; use a model that takes position_ids.")
     if model_class is not None and model_class._is_stateful:  # pyright: ignore[reportPrivateUsage]
         raise refusal
     try:
@@ -204,13 +237,52 @@ def layer_windows(config: PreTrainedConfig, model_class: type[PreTrainedModel] |
         raise refusal from error
     windows: list[int | None] = []
     for layer in layers:
-        if type(layer) is DynamicSlidingWindowLayer and not getattr(config, "attention_chunk_size", None):
+        if type(layer) is DynamicSlidingWindowLayer:
             windows.append(layer.sliding_window)
         elif type(layer) is DynamicLayer:
             windows.append(None)
         else:
             raise refusal
+    if len({w for w in windows if w is not None}) > 1:
+        raise UserError(
+            f"{kind!r} has sliding windows of different length, and transformers takes one mask for all of them; use "
+            "another model."
+        )
     return windows
+
+
+def require_forward(kind: str, config: PreTrainedConfig, model_class: type[PreTrainedModel] | None) -> None:
+    """`UserError` if the model's forward cannot be told where each node stands and what it sees."""
+    reason = UNSUITED.get(kind)
+    if getattr(config, "alibi", False):
+        reason = UNSUITED["bloom"]
+    if getattr(config, "attention_chunk_size", None):
+        reason = "attends within chunks of fixed borders"
+    if reason is not None:
+        raise UserError(f"A model of type {kind!r} {reason}, so it cannot read a tree; use another model.")
+    if model_class is None:
+        return
+    accepts = inspect.signature(model_class.forward).parameters
+    for name in ("position_ids", "past_key_values"):
+        if name not in accepts and not model_class._is_stateful:  # pyright: ignore[reportPrivateUsage]
+            raise UserError(
+                f"{model_class.__name__}.forward takes no {name}, so it cannot read a tree; use another model."
+            )
+
+
+def constant_rope_length(config: PreTrainedConfig) -> int | None:
+    """The tokens up to which rotary frequencies stay as they are; None if they never change.
+
+    Two scalings ("dynamic", "longrope") change all frequencies once any position of a forward passes the original
+    context. Keys that are cached keep the old ones, so from there on even plain decoding depends on how its tokens were
+    grouped into forwards, and rows of a batch on each other: there is no output to be equal to.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    scalings = [r for r in (rope, *rope.values()) if isinstance(r, dict)]
+    name = "original_max_position_embeddings"
+    own = getattr(config, name, None) or getattr(config, "max_position_embeddings", None)
+    found = [r.get(name) or own for r in scalings if r.get("rope_type") in ("dynamic", "longrope")]
+    return min((n for n in found if n is not None), default=None)
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

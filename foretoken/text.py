@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "�"  # what decoders print for bytes that are no character yet
 CONTEXT = 8
-"""Tokens of the prompt decoded with the output, because decoders drop the space before a first token."""
+"""Fewest tokens of the prompt decoded with the output, because decoders drop the space before a first token."""
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
@@ -16,9 +16,17 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that `tokens` add behind `prompt`."""
-    context = list(prompt[-CONTEXT:])
+    context = end_of(tokenizer, prompt)
     before = decode(tokenizer, context).rstrip(UNFINISHED)
     return decode(tokenizer, [*context, *tokens])[len(before) :]
+
+
+def end_of(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[int]:
+    """The prompt's last tokens, from so far back that they have text and start with no part of a character."""
+    n = CONTEXT
+    while n < len(prompt) and (not (text := decode(tokenizer, prompt[-n:])) or UNFINISHED in text):
+        n *= 2
+    return list(prompt[-n:])
 
 
 class TextStream:
@@ -33,13 +41,13 @@ class TextStream:
     ) -> None:
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
         self.text, self.stopped = "", False
-        self._tokens = list(prompt[-CONTEXT:])
+        self._tokens = end_of(tokenizer, prompt)
         self._context, self._read = 0, len(self._tokens)  # what lies between is taken, and decoded again as context
         self._shown = 0
 
-    def push(self, token: int) -> bool:
-        """Take one more token; whether a stop string is now complete."""
-        self._tokens.append(token)
+    def push(self, *tokens: int) -> bool:
+        """Take more tokens; whether a stop string is now complete."""
+        self._tokens += tokens
         window = decode(self.tokenizer, self._tokens[self._context :])
         if not window.endswith(UNFINISHED):
             self._take(window)
@@ -47,7 +55,9 @@ class TextStream:
 
     def _take(self, window: str) -> None:
         before = decode(self.tokenizer, self._tokens[self._context : self._read]).rstrip(UNFINISHED)
-        self._context, self._read = self._read, len(self._tokens)
+        if len(window) > len(before):  # tokens without text stay: decoders would drop the space behind them too
+            self._context = self._read
+        self._read = len(self._tokens)
         searched = len(self.text) - max((len(s) for s in self.stop), default=0)
         self.text += window[len(before) :]
         found = [i for s in self.stop if (i := self.text.find(s, max(0, searched))) >= 0]

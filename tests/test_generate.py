@@ -114,6 +114,7 @@ BAD = [
     ({"drafter": "draft_model"}, "draft_model:PATH"),
     ({"drafter": "draft_model:/nowhere/at/all"}, "'/nowhere/at/all' is no model"),
     ({"rule": "typical"}, "did you mean 'lossy_typical'"),
+    ({"batch_size": 0}, "batch_size is 0; decode at least 1"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0; ask for at least 1"),
     ({"logit_bias": {512: 1.0}}, "the vocabulary has 0 to 511"),
     ({"drafter": "early_exit", "settings": {"layers": 8}}, "choose one of layers 1 to 7"),

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from foretoken.attention import NAME, adopt
 from foretoken.bench.machine import Machine, read_bandwidth, synchronise
@@ -155,7 +155,7 @@ def generate_steps(target: Target, prompt: torch.Tensor, repeats: int) -> Any:
 
 
 def engine_times(vocab: int, batch: int, temperature: float, repeats: int, width: int = 8) -> list[float]:
-    """Seconds of everything in a step outside the model's forward, with prompt lookup at `width`.
+    """Seconds of everything in a step outside the model's forward: prompt lookup at `width`, emitting, text included.
 
     A model of one narrow layer carries the session; its forward's time is measured inside each step and taken off. The
     logits are replaced by ones under which the copied tokens are accepted, as on repetitive text.
@@ -171,12 +171,11 @@ def engine_times(vocab: int, batch: int, temperature: float, repeats: int, width
     )
     target = Clocked(LlamaForCausalLM(config))
     drafter = make_drafter("prompt_lookup", target, {"length": width - 1})
+    target.tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "assets" / "stories260K")
     prompts = [[(7 * i + b) % 97 + 3 for i in range(97)] * 3 for b in range(batch)]
     sampling = Sampling(temperature=temperature)
     tokens = (repeats + 8) * width
-    session = Session(
-        target, drafter, [Request(p, sampling, number=i, max_new_tokens=tokens) for i, p in enumerate(prompts)]
-    )
+    session = Session(target, drafter, [Request(p, sampling, i, tokens, stream=True) for i, p in enumerate(prompts)])
     seconds: list[float] = []
     for _ in range(repeats + 3):
         target.forward_seconds = 0.0
