@@ -4,19 +4,32 @@ Shapes, everywhere: B rows, N tree nodes, D depth, S cache slots, T sequence, V 
 M tokens committed since the drafter was last asked.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from foretoken.errors import UserError
 
 if TYPE_CHECKING:
+    from foretoken.custom import custom_generate
     from foretoken.decode import Request, Session
-    from foretoken.generate import Output, Piece, generate, stream
-    from foretoken.load import load
+    from foretoken.generation import Output, Piece, generate, stream
+    from foretoken.loading import load
     from foretoken.sampling import Sampling
     from foretoken.target import Target
+
+HOMES = {
+    "Output": "generation",
+    "Piece": "generation",
+    "Request": "decode",
+    "Sampling": "sampling",
+    "Session": "decode",
+    "Target": "target",
+    "custom_generate": "custom",
+    "generate": "generation",
+    "load": "loading",
+    "stream": "generation",
+}
+"""Public name -> its module, imported when the name is first used: torch takes seconds, `foretoken --help` must not."""
 
 __all__ = [
     "Output",
@@ -26,24 +39,12 @@ __all__ = [
     "Session",
     "Target",
     "UserError",
+    "custom_generate",
     "generate",
     "load",
     "stream",
 ]
 __version__ = "0.1.0"
-
-HOMES = {
-    "Output": "generate",
-    "Piece": "generate",
-    "Request": "decode",
-    "Sampling": "sampling",
-    "Session": "decode",
-    "Target": "target",
-    "generate": "generate",
-    "load": "load",
-    "stream": "generate",
-}
-"""Public name -> its module, imported when the name is first used: torch takes seconds, `foretoken --help` must not."""
 
 
 def __getattr__(name: str) -> Any:
@@ -54,14 +55,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `generate` and `load` the functions when the import system binds their modules to the same names."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        same = isinstance(value, ModuleType) and name in __all__
-        super().__setattr__(name, getattr(value, name) if same else value)
-
-
-sys.modules[__name__].__class__ = _Package

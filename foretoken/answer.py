@@ -14,8 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 from foretoken.drafter import Drafter
 from foretoken.drafters import configured, make_drafter, module_of
 from foretoken.errors import UserError
-from foretoken.generate import Output, Piece, generate, stream, tokenize
-from foretoken.load import load
+from foretoken.generation import Output, Piece, generate, stream, tokenize
+from foretoken.loading import load
 from foretoken.page import Answer, write_page
 from foretoken.progress import batch_progress, progress
 from foretoken.rules import make_rule

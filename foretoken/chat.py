@@ -10,7 +10,7 @@ from rich.console import Console
 from foretoken.answer import Ask, Printer, print_summary
 from foretoken.drafter import Drafter
 from foretoken.errors import UserError
-from foretoken.generate import stream, tokenize
+from foretoken.generation import stream, tokenize
 from foretoken.show import Spans
 from foretoken.target import Target
 

@@ -230,7 +230,7 @@ def check(
     from foretoken.answer import quiet_loading
     from foretoken.check import as_dict, render
     from foretoken.check import check as compare
-    from foretoken.load import load
+    from foretoken.loading import load
 
     quiet_loading(model)
     report = compare(load(model, dtype=dtype, device=device, attention=attention))

@@ -14,7 +14,7 @@ from foretoken.decode import Request, Row
 from foretoken.drafter import Drafter
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
-from foretoken.generate import decode_all
+from foretoken.generation import decode_all
 from foretoken.rules import Rule, make_rule
 from foretoken.sampling import Sampling
 from foretoken.target import Target

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from foretoken.drafters import make_drafter
-from foretoken.generate import Output, generate
-from foretoken.load import load
+from foretoken.generation import Output, generate
+from foretoken.loading import load
 from foretoken.target import Target
 
 ASSETS = Path(__file__).parent / "assets"

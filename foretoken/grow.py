@@ -39,7 +39,7 @@ def grow(shape: Shape, feed: Feed, logits: Tensor, extend: Extend) -> Draft:
     the target's noise. Under rejection rules the root gets `width` guesses drawn without replacement, in order, and
     every later node one, so that no guess is chosen or dropped for its value.
     """
-    B, W, device = feed.batch, shape.width, logits.device
+    B, W, device = feed.batch, min(shape.width, logits.shape[-1]), logits.device
     tokens, parent = feed.root[:, None], torch.full((B, 1), -1, device=device)
     ancestors = torch.ones(B, 1, 1, dtype=torch.bool, device=device)
     joint = torch.zeros(B, 1, device=device)  # [B, n] log-probability of the paths to the last level

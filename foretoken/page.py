@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from foretoken.errors import UserError
-from foretoken.generate import Output
+from foretoken.generation import Output
 from foretoken.show import Span, counts, visible
 
 

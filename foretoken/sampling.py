@@ -106,9 +106,9 @@ class Scores:
     def contenders(self) -> Tensor:
         """[I] int64: the tokens that can still win somewhere.
 
-        The winner scores at least peak + T * LOWEST, so a token below peak - T * (RARE - LOWEST) needs noise above RARE:
-        logarithms are taken for few tokens. On a GPU they are cheap, and a number of tokens that depends on their values
-        is not: there, all of them.
+        The winner scores at least peak + T * LOWEST, so a token below peak - T * (RARE - LOWEST) needs noise above
+        RARE: logarithms are taken for few tokens. On a GPU they are cheap, and a number of tokens that depends on their
+        values is not: there, all of them.
         """
         everything = vocabulary(self.values.shape[-1], self.values.device)
         if self.values.device.type != "cpu":

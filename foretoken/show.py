@@ -8,7 +8,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from transformers import PreTrainedTokenizerBase
 
-from foretoken.generate import Output
+from foretoken.generation import Output
 from foretoken.text import TextStream, decode
 
 PICTURES: dict[int, int | None] = {

@@ -1,8 +1,9 @@
 """Laws on a tiny vocabulary: exact, by enumeration, and tested, by sampling.
 
-A toy language model is a table with one law per prefix. The exact way enumerates every draft that can come and, for each,
-everything a rule may do with it, by asking the rule itself: a threshold of a uniform is found by bisection, the law of
-the last token by bisection of the exponential race that draws it. The rule is a black box, so wrong rules go the same way.
+A toy language model is a table with one law per prefix. The exact way enumerates every draft that can come and, for
+each, everything a rule may do with it, by asking the rule itself: a threshold of a uniform is found by bisection, the
+law of the last token by bisection of the exponential race that draws it. The rule is a black box, so wrong rules go the
+same way.
 """
 
 import itertools
@@ -22,12 +23,12 @@ from foretoken.tree import Draft, fresh, tree
 LOW, HIGH, NEVER = 1e-300, 1 - 2.0**-53, 1e30
 """A uniform that accepts whatever can be; one that rejects whatever can be; an exponential that never wins."""
 
-ALARM = 1e-6 / 64
-"""Rate at which one right sampler would be called wrong: 1e-6 for all such tests together, fewer than 64."""
+ALARM = 1e-8
+"""Rate at which one right sampler would be called wrong: 1e-6 for all such tests together, fewer than a hundred."""
 
 
 class ToyLM:
-    """Logits [V] for every prefix of at most `depth` tokens; the empty prefix has code 0, and t after c the code cV+t+1."""
+    """Logits [V] for every prefix of at most `depth` tokens. The empty one has code 0, t after code c cV + t + 1."""
 
     def __init__(self, vocab: int, depth: int, seed: int, spread: float = 1.0) -> None:
         self.vocab = vocab
@@ -71,12 +72,19 @@ class ToyLM:
         return self.nodes(prefix, draft.tokens[:, 1:], draft.ancestors[:, :, 1:])
 
 
+def table(logits: Tensor) -> ToyLM:
+    """The toy model with these logits [codes, V]."""
+    lm = ToyLM(logits.shape[1], 0, 0)
+    lm.table = logits
+    return lm
+
+
 def distance(a: Tensor, b: Tensor) -> float:
     """Total variation distance."""
     return float((a - b).abs().sum() / 2)
 
 
-# ---------------------------------------------------------------------------------------------------------- exact laws
+# ----------------------------------------------------------------------------------------------------------- exact laws
 
 
 class Dial:
@@ -125,9 +133,7 @@ class Guesses:
             d.chained,
             q,
         )
-        return Guesses(
-            self.prefix.repeat(times), draft, self.weight.repeat(times), self.logits.repeat(times, 1, 1)
-        )
+        return Guesses(self.prefix.repeat(times), draft, self.weight.repeat(times), self.logits.repeat(times, 1, 1))
 
 
 def guesses(
@@ -144,7 +150,8 @@ def guesses(
 ) -> Guesses:
     """All drafts of `width` paths drawn at the root without replacement, each going on alone to `depth`.
 
-    stop  a row ends behind a level whose tokens are all less likely than this; drop: and loses that level (a wrong thing)
+    stop  a row ends behind a level whose tokens are all less likely than this
+    drop  and loses that level (a wrong thing)
     law   whether the drafts carry q
     best  instead of drawing, the likeliest tokens, in order (with a law: a wrong thing)
     """
@@ -182,10 +189,14 @@ def paths(
             every = [tuple(order[i][i if n == 0 else 0] for i in range(width))]
         for tokens in every:
             chance, used = 1.0, 0.0
-            for q, t in zip(laws, tokens, strict=True):
-                chance *= q[t] / (1 - used)
+            for i, (q, t) in enumerate(zip(laws, tokens, strict=True)):
+                if n == 0 and used > 1 - 1e-12:  # all that the drafter can say is drawn: any other token
+                    chance *= 1 / (lm.vocab - i)
+                else:
+                    chance *= q[t] / (1 - used)
                 used += q[t] if n == 0 else 0.0
-            yield list(tokens), 1.0 if best else chance, max(q[t] for q, t in zip(laws, tokens, strict=True))
+            if best or chance > 0:
+                yield list(tokens), 1.0 if best else chance, max(q[t] for q, t in zip(laws, tokens, strict=True))
 
     def rest(n: int, codes: list[int], going: bool) -> Iterator[tuple[list[int], list[int], float]]:
         if n == depth:
@@ -198,7 +209,9 @@ def paths(
                 yield [0] * width + tokens, [-1] * width + parents, chance
             return
         for tokens, chance, most in level(n, codes):
-            deeper = [int(lm.after(torch.tensor(c), t)) for c, t in zip(codes * (1 if n else width), tokens, strict=True)]
+            deeper = [
+                int(lm.after(torch.tensor(c), t)) for c, t in zip(codes * (1 if n else width), tokens, strict=True)
+            ]
             ends = most < stop
             for more, parents, later in rest(n + 1, deeper, not ends):
                 yield tokens + more, ([-1] * width if ends and drop else parent) + parents, chance * later
@@ -209,14 +222,14 @@ def paths(
 
 @dataclass
 class Branch:
-    """One thing that a rule may do with each of R drafts: its probability [R], the last accepted node [R], law [R, V]."""
+    """One thing that a rule may do with each of R drafts: its probability [R], last node [R], next law [R, V]."""
 
     chance: Tensor
     last: Tensor
-    law: Tensor
+    law: Tensor | None
 
 
-def branches(rule: Rule, given: Guesses) -> list[Branch]:
+def branches(rule: Rule, given: Guesses, laws: bool = True) -> list[Branch]:
     """Everything that a rule which judges nodes in order, one uniform each, may do."""
     R, N = given.draft.tokens.shape
     found: list[Branch] = []
@@ -225,7 +238,7 @@ def branches(rule: Rule, given: Guesses) -> list[Branch]:
         if not bool((chance > 0).any()):
             return
         if n == N:
-            found.append(Branch(chance, at, next_law(rule, given, u)))
+            found.append(Branch(chance, at, next_law(rule, given, u) if laws else None))
             return
         asked = given.draft.parent[:, n] == at
         accept = torch.where(asked, threshold(rule, given, u, n), 0.0)
@@ -239,7 +252,7 @@ def branches(rule: Rule, given: Guesses) -> list[Branch]:
     return found
 
 
-def block_branches(rule: Rule, given: Guesses) -> list[Branch]:
+def block_branches(rule: Rule, given: Guesses, laws: bool = True) -> list[Branch]:
     """Everything that a rule which keeps a chain up to the last node whose own uniform passes may do."""
     R, N = given.draft.tokens.shape
     u = torch.full((R, N), HIGH, dtype=torch.float64)
@@ -249,7 +262,8 @@ def block_branches(rule: Rule, given: Guesses) -> list[Branch]:
         share = torch.where(given.draft.parent[:, n] >= 0, share, float(n == 0))
         turned = u.clone()
         turned[:, n] = LOW
-        found.append(Branch(later * share, torch.full((R,), n), next_law(rule, given, turned)))
+        law = next_law(rule, given, turned) if laws else None
+        found.append(Branch(later * share, torch.full((R,), n), law))
         later = later * (1 - share)
     return found
 
@@ -298,40 +312,42 @@ def next_law(rule: Rule, given: Guesses, u: Tensor) -> Tensor:
 def output_law(rule: Rule, target: ToyLM, drafter: ToyLM, length: int, *, in_order: bool = True, **how) -> Tensor:
     """[V ** length]: the law of the first `length` tokens that come out of round after round; `how` as in `guesses`."""
     V = target.vocab
-    laws = [torch.ones(V**length, 1, dtype=torch.float64)]  # per length: [its prefixes, what may still come]
-    for done in range(length - 1, -1, -1):
-        left, prefixes = length - done, target.prefixes(done)
-        given = guesses(target, drafter, prefixes, **how)
-        out = torch.zeros(V**done, V**left, dtype=torch.float64)
-        first = int(prefixes[0])
-        for branch in (branches if in_order else block_branches)(rule, given):
-            for r, (prefix, last) in enumerate(zip((given.prefix - first).tolist(), branch.last.tolist(), strict=True)):
-                chance = given.weight[r] * branch.chance[r]
-                on_path = given.draft.ancestors[r, last].nonzero().flatten()[1:]
+    starts = [int(target.prefixes(n)[0]) for n in range(length + 1)]
+    given = guesses(target, drafter, torch.arange(starts[length]), **how)
+    out = [torch.zeros(V**n, V ** (length - n), dtype=torch.float64) for n in range(length)]
+    out.append(torch.ones(V**length, 1, dtype=torch.float64))
+    ways = (branches if in_order else block_branches)(rule, given)
+    for r in reversed(range(len(given.weight))):  # longer prefixes first: shorter ones go on with their laws
+        prefix = int(given.prefix[r])
+        done = max(n for n in range(length) if starts[n] <= prefix)
+        for branch in ways:
+            assert branch.law is not None
+            if (chance := float(given.weight[r] * branch.chance[r])) > 0:
+                on_path = given.draft.ancestors[r, int(branch.last[r])].nonzero().flatten()[1:]
                 tokens = given.draft.tokens[r, on_path].tolist()
-                add(out[prefix], tokens, chance * branch.law[r], laws, prefix, V, left)
-        laws.insert(0, out)
-    return laws[0][0]
+                add(out[done:], prefix - starts[done], tokens, chance * branch.law[r], V)
+    return out[0][0]
 
 
-def add(out: Tensor, tokens: list[int], last: Tensor, laws: list[Tensor], prefix: int, V: int, left: int) -> None:
-    """Add to `out` [V ** left] the accepted `tokens`, a last one of mass [V], and what may come after that."""
+def add(laws: list[Tensor], row: int, tokens: list[int], last: Tensor, V: int) -> None:
+    """Add to laws[0][row] the accepted `tokens`, a last one of mass [V], and laws[n] behind n of them."""
+    left = len(laws) - 1
     index = 0
     for t in tokens[:left]:
         index = index * V + t
     if len(tokens) >= left:
-        out[index] += last.sum()
+        laws[0][row, index] += last.sum()
         return
-    remaining = left - len(tokens) - 1
+    taken = len(tokens) + 1
+    size = V ** (left - taken)
     for t in range(V):
         at = index * V + t
-        later = laws[len(tokens)][prefix * V ** (len(tokens) + 1) + at]
-        out[at * V**remaining : (at + 1) * V**remaining] += last[t] * later
+        laws[0][row, at * size : (at + 1) * size] += last[t] * laws[taken][row * V**taken + at]
 
 
 def expected_count(rule: Rule, given: Guesses, *, in_order: bool = True) -> float:
     """Expected tokens of one round behind the one prefix of `given`."""
-    found = (branches if in_order else block_branches)(rule, given)
+    found = (branches if in_order else block_branches)(rule, given, laws=False)
     depth = given.draft.depth
     return sum(
         float((given.weight * b.chance * (1 + depth.gather(1, b.last[:, None]).squeeze(1))).sum()) for b in found
@@ -389,16 +405,17 @@ def sampled(
     *,
     length: int = 3,
     seed: int = 0,
-    settings: Sampling | None = None,
+    settings: tuple[Sampling, ...] = (Sampling(temperature=1.0),),
     wrap=lambda noise: noise,
 ) -> Samples:
     """`count` requests decoded round after round until each has `length` tokens.
 
-    draft  (feed, prefix [B] codes) -> Draft
-    wrap   what becomes of the noise before anyone sees it
+    draft     (feed, prefix [B] codes) -> Draft
+    settings  of request i, the entry i modulo their number
+    wrap      what becomes of the noise before anyone sees it
     """
     noise = wrap(Noise.of([seed] * count, list(range(count)), torch.device("cpu")))
-    sampler = Sampler([settings or Sampling(temperature=1.0)] * count, noise, target.vocab)
+    sampler = Sampler([settings[i % len(settings)] for i in range(count)], noise, target.vocab)
     out = torch.zeros(count, length, dtype=torch.int64)
     done, prefix = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
     first = None

@@ -90,8 +90,8 @@ def test_the_package_imports_nothing_until_it_is_used():
 import sys, foretoken
 assert "torch" not in sys.modules
 assert set(foretoken.__all__) <= set(dir(foretoken))
-from foretoken.generate import stream
-from foretoken.load import DTYPES
+from foretoken.generation import stream
+from foretoken.loading import DTYPES
 assert foretoken.stream is stream
 for name in foretoken.__all__:
     assert getattr(foretoken, name).__name__ == name

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 import foretoken
 from foretoken.decode import Request, Row, Session
 from foretoken.drafters import METHODS, make_drafter
-from foretoken.generate import decode_all
+from foretoken.generation import decode_all
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
 from foretoken.target import Target

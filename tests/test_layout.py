@@ -25,7 +25,7 @@ CORE = [
     "cache",
     "target",
     "attention",
-    "load",
+    "loading",
     "text",
     "drafter",
     "grow",

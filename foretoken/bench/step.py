@@ -1,4 +1,4 @@
-"""`foretoken bench-step`: what a forward costs at each width, beside unmodified transformers, and the engine's own work.
+"""`foretoken bench-step`: what a forward costs at each width, beside transformers, and the engine's own work.
 
 Everything is measured in one process, interleaved: each repeat times every case once in a new order, so that a change
 of the machine's speed meets all of them. Medians are reported.
@@ -26,7 +26,7 @@ from foretoken.cache import SlotCache
 from foretoken.decode import Request, Session
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
-from foretoken.load import DTYPES, load
+from foretoken.loading import DTYPES, load
 from foretoken.sampling import Sampling
 from foretoken.target import Target
 from foretoken.tree import Draft, chain

@@ -10,7 +10,7 @@ from foretoken.drafter import Feed, Needs
 from foretoken.drafters import at_least
 from foretoken.errors import UserError
 from foretoken.grow import Shape, grow
-from foretoken.load import load
+from foretoken.loading import load
 from foretoken.target import Target
 from foretoken.tree import Draft
 
