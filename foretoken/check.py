@@ -21,8 +21,8 @@ from foretoken.tree import Draft, path_to, stack
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 64 * 2.0**-10, torch.bfloat16: 32 * 2.0**-7}
 """Largest difference of a logit, in units of the logits' spread, that rounding may cause.
 
-A float64 model of plain float64 arithmetic stays below 1e-13. But transformers computes norms, routers, rotary tables and
-the eager softmax in float32 whatever the dtype, and there a difference in the last bit becomes one of 1e-7 now and then.
+A float64 model of plain float64 arithmetic stays below 1e-13. But transformers computes norms, routers, rotary tables
+and the eager softmax in float32 whatever the dtype; there a difference in the last bit can become one of 1e-7.
 """
 
 LONG_WINDOW = 512

@@ -242,11 +242,11 @@ def check(
 @app.command()
 def bench_step(
     model: Annotated[str, typer.Argument(help="A model, or synthetic-134m for random weights.", show_default=False)],
-    widths: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens per forward.")] = "1,2,4,8,16,32",
-    context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens read before.")] = 128,
-    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each width.")] = 5,
+    widths: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens per forward.")] = "1,2,4,8,16,32,64",
+    context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens read before.")] = 256,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each width.")] = 15,
     dtype: Dtype = None,
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="Append the row to this JSONL file.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the measurement as JSON.")] = None,
 ) -> None:
     """Measure what a forward costs at each width."""
     try:

@@ -198,7 +198,7 @@ class Session:
         """The prompts as chains accepted whole: the first tokens are what the target says after them."""
         prompts = [list(row.request.tokens) for row in self.rows]
         longest = max(len(p) for p in prompts)
-        tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=self.target.device)
+        tokens = torch.tensor([p + p[-1:] * (longest - len(p)) for p in prompts], device=self.target.device)
         count = [len(p) for p in prompts]
         read = self.target.read(tokens, count, self.cache, self.drafter.needs.features, on_read)
         counts = torch.tensor(count, device=self.target.device)

@@ -91,17 +91,36 @@ def test_every_method_is_among_the_drafters():
     assert {name for name, _ in DRAFTERS.values()} == set(METHODS)
 
 
+def mixed_requests(name: str, dtype: str) -> tuple[list[Request], list[list[int]]]:
+    """At three temperatures: a plain request, one with penalties, one that ends inside a block, one cut short."""
+    target, _ = family(name, dtype)
+    requests: list[Request] = []
+    want: list[list[int]] = []
+    for temperature in TEMPERATURES:
+        plain = expected(name, dtype, temperature)
+        for i, prompt in enumerate(prompts_of(target)):
+            request = Request(prompt, Sampling(temperature=temperature, seed=11), i, TOKENS)
+            output = plain[i]
+            if i == 1:
+                request = replace(request, sampling=replace(request.sampling, **PENALTIES))
+                output = reference(target.model, prompt, request.sampling, number=i, max_new_tokens=TOKENS)
+            if i == 2:
+                request = replace(request, eos=(output[9],))
+                output = output[: output.index(output[9]) + 1]
+            if i == 3:
+                request = replace(request, max_new_tokens=7)
+                output = output[:7]
+            requests.append(request)
+            want.append(output)
+    return requests, want
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_families(name: str, dtype: str):
-    """Families x drafters, alone and in a ragged batch of four prompts at three temperatures each."""
+    """Families x drafters, in a ragged batch of twelve different requests and alone."""
     target, draft = family(name, dtype)
-    want = [output for temperature in TEMPERATURES for output in expected(name, dtype, temperature)]
-    requests = [
-        Request(prompt, Sampling(temperature=temperature, seed=11), i, TOKENS)
-        for temperature in TEMPERATURES
-        for i, prompt in enumerate(prompts_of(target))
-    ]
+    requests, want = mixed_requests(name, dtype)
     for k, key in enumerate(DRAFTERS):
         drafter = drafter_for(key, target, draft)
         assert [r.output for r in run(target, drafter, requests)] == want, key
