@@ -26,7 +26,11 @@ class Slots:
     def __init__(self, position: Tensor, size: int, keep: Tensor | None = None) -> None:
         """Of `position` [B, n], those where `keep` [B, n] is True (None: all)."""
         slot = position % size
-        self.slot, self.size = slot if keep is None else torch.where(keep, slot, size), size
+        self.slot, self.size, self.spare = (
+            slot if keep is None else torch.where(keep, slot, size),
+            size,
+            keep is not None,
+        )
         self._flat: dict[int, Tensor] = {}
 
     def flat(self, heads: int) -> Tensor:
@@ -34,7 +38,9 @@ class Slots:
         if heads not in self._flat:
             B = len(self.slot)
             first = torch.arange(0, B * heads * self.size, self.size, device=self.slot.device).view(B, heads, 1)
-            row = torch.where(self.slot[:, None] < self.size, first + self.slot[:, None], B * heads * self.size)
+            row = first + self.slot[:, None]
+            if self.spare:
+                row = torch.where(self.slot[:, None] < self.size, row, B * heads * self.size)
             self._flat[heads] = row.flatten()
         return self._flat[heads]
 
@@ -157,9 +163,10 @@ class SlotCache(Cache):
         """Prepare every layer for nodes `offset .. offset + n - 1`; return the additive mask of each window.
 
         depth      [B, n] int64, distance of each node to the first uncommitted position
-        ancestors  [B, n, offset + n] bool, the nodes that each sees; None: a prompt's first chunk, which needs no mask
+        ancestors  [B, n, offset + n] bool, the nodes that each sees; None: a chain, each node sees all before it
         count      per row, how many of the n nodes are to be stored, the others being padding (None: all)
-        returns    window -> [B, 1, n, slots] of 0 and the lowest value of `dtype`; None without ancestors
+        returns    window -> [B, 1, n, slots] of 0 and the lowest value of `dtype`; None for a chain in an empty cache,
+                   which the model's own causal path reads
         """
         n = depth.shape[1]
         counts = [n] * len(self.lengths) if count is None else count
@@ -170,6 +177,7 @@ class SlotCache(Cache):
         node = self.length[:, None] + offset + step
         real = torch.tensor(counts, device=depth.device)[:, None]
         keep = None if count is None else step < real
+        causal = ancestors is None and self.longest == 0 and offset == 0
         masks: dict[int | None, Tensor] = {}
         writes: dict[int, Slots] = {}
         for layer in self.slots:
@@ -177,18 +185,22 @@ class SlotCache(Cache):
                 writes[layer.size] = Slots(node, layer.size, keep)
             layer.write = writes[layer.size]
             layer.visible = 0
-            if ancestors is not None:
+            if not causal:
                 layer.visible = min(layer.size, -(-needed // BUCKET) * BUCKET)
                 if layer.window not in masks:
                     seen = self.seen(depth, ancestors, layer, offset + real)
                     zero = torch.zeros((), dtype=dtype, device=depth.device)
                     masks[layer.window] = torch.where(seen, zero, torch.finfo(dtype).min)[:, None]
-        return masks if ancestors is not None else None
+        return None if causal else masks
 
-    def seen(self, depth: Tensor, ancestors: Tensor, layer: SlotLayer, real: Tensor) -> Tensor:
+    def seen(self, depth: Tensor, ancestors: Tensor | None, layer: SlotLayer, real: Tensor) -> Tensor:
         """[B, n, slots] bool: which slots each node attends to; `real` [B, 1] nodes of each row are stored."""
-        M = ancestors.shape[2]
         slot = torch.arange(layer.visible, device=depth.device)
+        if ancestors is None and layer.window is None:
+            return slot <= (self.length[:, None] + depth)[..., None]
+        if ancestors is None:
+            ancestors = depth[:, None] <= depth[..., None]
+        M = ancestors.shape[2]
         ahead = (slot - self.length[:, None]) % layer.size  # [B, slots]: node number, or committed behind the nodes
         age = layer.size - ahead  # of a committed slot: distance to the first uncommitted position
         committed = ((ahead >= real) & (age <= self.length[:, None]))[:, None]  # [B, 1, slots]

@@ -190,9 +190,9 @@ class Session:
 
     def _eos_table(self) -> Tensor:
         """[B, E] int64: each row's end tokens, padded with -1."""
-        E = max((len(row.request.eos) for row in self.rows), default=0) or 1
+        E = max((len(row.request.eos) for row in self.rows), default=0)
         table = [[*row.request.eos, *[-1] * (E - len(row.request.eos))] for row in self.rows]
-        return torch.tensor(table, dtype=torch.int64, device=self.target.device).view(-1, E)
+        return torch.tensor(table, dtype=torch.int64, device=self.target.device).view(len(table), E)
 
     def _prefill(self, on_read: Callable[[int, int], None] | None) -> Step:
         """The prompts as chains accepted whole: the first tokens are what the target says after them."""
@@ -260,8 +260,9 @@ class Session:
         limit = torch.tensor([row.remaining for row in self.rows], device=new.device)
         count = torch.minimum(accepted.count, limit)
         place = torch.arange(new.shape[1], device=new.device)
-        ends = (new[..., None] == self._eos[:, None]).any(-1) & (place < count[:, None])
-        count = torch.where(ends.any(-1), ends.to(torch.uint8).argmax(-1) + 1, count)
+        if self._eos.shape[1]:
+            ends = (new[..., None] == self._eos[:, None]).any(-1) & (place < count[:, None])
+            count = torch.where(ends.any(-1), ends.to(torch.uint8).argmax(-1) + 1, count)
         self.sampler.observe(new, count, output=True)
         tokens, counts, before = new.tolist(), count.tolist(), accepted.count.tolist()
         logprobs: list[list[float]] | None = None

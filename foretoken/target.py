@@ -101,6 +101,9 @@ class Target:
 
     def judge(self, draft: Draft, cache: SlotCache, features: Sequence[int] = ()) -> Read:
         """Read a whole draft behind the committed tokens: logits and features at every node."""
+        if draft.chained:
+            depth = torch.arange(draft.width, device=draft.tokens.device).expand_as(draft.tokens)
+            return self.extend(draft.tokens, depth, None, cache, features=features)
         return self.extend(draft.tokens, draft.depth, draft.ancestors, cache, features=features)
 
     def extend(
@@ -119,7 +122,7 @@ class Target:
 
         tokens     [B, n] int64
         depth      [B, n] int64, 0 at the first uncommitted position
-        ancestors  [B, n, offset + n] bool; None: a chain behind an empty cache, read by the ordinary causal path
+        ancestors  [B, n, offset + n] bool; None: a chain
         count      per row, how many of the n nodes to store (None: all)
         at         the columns whose logits are wanted (None: all)
         features   layers whose outputs are wanted; 0 is the embedding, -1 the final hidden state
@@ -177,7 +180,7 @@ class Target:
             out = self.extend(
                 part,
                 node.expand(B, n),
-                (node <= node[:, None]).expand(B, n, n) if cache.longest else None,
+                None,
                 cache,
                 count=taken if min(taken) < n else None,
                 at=at,

@@ -19,7 +19,8 @@ class Draft:
     parent     [B, N] int64, -1 at the root and at nodes that can never be accepted
     ancestors  [B, N, N] bool, `ancestors[b, i, j]`: node i sees node j; every node sees itself
     height     depth of the deepest node, on the host
-    chained    whether every acceptable node follows the one before it, on the host: then nothing moves on commit
+    chained    whether every node that can be accepted follows the one before it and the others are padding behind
+               them, on the host: then masks are causal and nothing moves on commit
     q          [B, N, V'] float, the law that each node's children were drawn from (None: no law, any choice)
     """
 
@@ -71,7 +72,7 @@ def tree(tokens: Tensor, parent: Tensor, q: Tensor | None = None) -> Draft:
     ancestors = closure(parent)
     height = int(ancestors.sum(-1).max()) - 1 if N > 1 else 0
     node = torch.arange(N, device=parent.device)
-    chained = bool(((parent == node - 1) | (parent < 0)).all())
+    chained = bool((parent == node - 1).all())
     return Draft(tokens, parent, ancestors, height, chained, q)
 
 
@@ -90,8 +91,11 @@ def closure(parent: Tensor) -> Tensor:
 
 def stack(rows: list[tuple[list[int], list[int]]], device: torch.device) -> Draft:
     """One draft from `(tokens, parent)` lists per row, shorter rows padded with nodes that are never accepted."""
-    N = max(len(tokens) for tokens, _ in rows)
+    lengths = [len(tokens) for tokens, _ in rows]
+    N = max(lengths)
     tokens = torch.tensor([t + [t[0]] * (N - len(t)) for t, _ in rows], device=device)
+    if all(parent == list(range(-1, len(parent) - 1)) for _, parent in rows):
+        return chain(tokens, torch.tensor(lengths, device=device))
     parent = torch.tensor([p + [-1] * (N - len(p)) for _, p in rows], device=device)
     return tree(tokens, parent)
 
@@ -102,6 +106,10 @@ def longest(draft: Draft, fits: Tensor) -> tuple[Tensor, Tensor]:
     fits [B, N] bool: whether each node may follow its parent. The root always fits; nodes without a parent never do.
     """
     fits = fits & (draft.parent >= 0)
+    if draft.chained:  # the nodes up to the first that does not fit
+        count = 1 + fits[:, 1:].cumprod(1).sum(1)
+        node = torch.arange(draft.width, device=fits.device)
+        return torch.where(node < count[:, None], node, 0), count
     fits[:, 0] = True
     alive = (fits[:, None, :] | ~draft.ancestors).all(-1)  # [B, N]
     return path_to(draft, torch.where(alive, draft.depth, -1).argmax(-1))

@@ -109,13 +109,15 @@ def test_refused_from_the_configuration_alone(name: str, tmp_path: Path, monkeyp
 # Wrong engines, which check must catch
 
 
-def blind(self: SlotCache, depth: Tensor, ancestors: Tensor, layer: SlotLayer, *rest: Any) -> Tensor:
+def blind(self: SlotCache, depth: Tensor, ancestors: Tensor | None, layer: SlotLayer, *rest: Any) -> Tensor:
     """Siblings see each other: every node sees all earlier ones."""
+    if ancestors is None:
+        return SEEN(self, depth, ancestors, layer, *rest)
     earlier = torch.ones_like(ancestors).tril(ancestors.shape[2] - ancestors.shape[1])
     return SEEN(self, depth, earlier, layer, *rest)
 
 
-def unwindowed(self: SlotCache, depth: Tensor, ancestors: Tensor, layer: SlotLayer, *rest: Any) -> Tensor:
+def unwindowed(self: SlotCache, depth: Tensor, ancestors: Tensor | None, layer: SlotLayer, *rest: Any) -> Tensor:
     """A sliding layer's nodes see all that the ring still holds."""
     window, layer.window = layer.window, None
     try:

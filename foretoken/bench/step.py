@@ -45,9 +45,13 @@ SYNTHETIC = {
 """Random weights of real shapes: time does not depend on what the weights say."""
 
 
+SPAN = 32
+"""Consecutive tokens of plain decoding that are timed together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds per forward, a list of repeats for each width, and for transformers' one-token steps in `generate`."""
+    """Seconds per forward, a list of repeats for each width, and per token of plain decoding, ours and `generate`'s."""
 
     ours: dict[int, list[float]]
     theirs: dict[int, list[float]]
@@ -90,12 +94,7 @@ def forward_times(target: Target, widths: list[int], context: int, repeats: int)
     dynamic = DynamicCache(config=target.config)
     target.read(prompt, [context], cache)
     target.model(input_ids=prompt, past_key_values=dynamic, use_cache=True, logits_to_keep=1)
-    session = Session(
-        target,
-        make_drafter("none", target),
-        [Request(prompt[0].tolist(), max_new_tokens=repeats + 8)],
-        capacity=context + 64 + repeats,
-    )
+    drafter = make_drafter("none", target)
     steps = generate_steps(target, prompt, repeats + 2)
     times = Times({w: [] for w in widths}, {w: [] for w in widths}, [], [])
 
@@ -104,7 +103,8 @@ def forward_times(target: Target, widths: list[int], context: int, repeats: int)
         if kind == "ours":
             return timed(lambda: target.judge(draft, cache), device)
         if kind == "step":
-            return timed(session.step, device)
+            session = Session(target, drafter, [Request(prompt[0].tolist(), max_new_tokens=SPAN + 1)])
+            return timed(lambda: [session.step() for _ in range(SPAN)], device) / SPAN
         if kind == "generate":
             with unmodified(target):
                 return next(steps)
@@ -149,9 +149,8 @@ def generate_steps(target: Target, prompt: torch.Tensor, repeats: int) -> Any:
         model: Any = target.model
         return timed(lambda: model.generate(prompt, attention_mask=mask, **options), target.device)
 
-    span = 4
     for _ in range(repeats):
-        yield (run(1 + span) - run(1)) / span
+        yield (run(1 + SPAN) - run(1)) / SPAN
 
 
 def engine_times(vocab: int, batch: int, temperature: float, repeats: int, width: int = 8) -> list[float]:
