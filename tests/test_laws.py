@@ -371,7 +371,7 @@ def equal(scores, parent, token, depth):
         (LossyDistance(distance=0), equal),
         (Match(), equal),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_rules_that_judge_each_node_equal_their_definition(rule, fits, temperature):
