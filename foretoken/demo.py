@@ -75,7 +75,7 @@ def table(title: str, runs: list[Run]) -> Table:
 
 def run() -> bool:
     """Print the tables; whether every drafter's output was that of plain decoding."""
-    console = Console()
+    console = Console(highlight=False)
     target = load(ASSETS / "bitstories3M", dtype="float32", device="cpu")
     console.print(
         f"Target bitstories3M (3.3M parameters), draft model stories260K; {len(PROMPTS)} prompts decoded together.\n"

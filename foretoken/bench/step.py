@@ -115,7 +115,9 @@ def forward_times(target: Target, widths: list[int], context: int, repeats: int)
 
     work = [(kind, w) for kind in ("ours", "theirs") for w in widths] + [("step", 1), ("generate", 1)]
     order, kept = Random(0), {"step": times.plain_step, "generate": times.generate_step}
-    for repeat in track(range(repeats + 2), "forwards", transient=True, console=Console(stderr=True)):
+    for repeat in track(
+        range(repeats + 2), "forwards", transient=True, console=Console(stderr=True), auto_refresh=False
+    ):
         order.shuffle(work)  # what runs before leaves its traces in the caches
         for kind, w in work:
             seconds = one(kind, w)
