@@ -264,7 +264,8 @@ class Session:
             ends = (new[..., None] == self._eos[:, None]).any(-1) & (place < count[:, None])
             count = torch.where(ends.any(-1), ends.to(torch.uint8).argmax(-1) + 1, count)
         self.sampler.observe(new, count, output=True)
-        tokens, counts, before = new.tolist(), count.tolist(), accepted.count.tolist()
+        host: list[list[int]] = torch.cat([new, count[:, None], accepted.count[:, None]], 1).tolist()
+        counts = [row[-2] for row in host]
         logprobs: list[list[float]] | None = None
         if any(row.request.logprobs for row in self.rows):
             rows = torch.arange(len(new), device=new.device)[:, None]
@@ -273,7 +274,7 @@ class Session:
         emitted: list[list[int]] = []
         for b, row in enumerate(self.rows):
             row.forwards += int(row.finish is None and bool(row.output))
-            emitted.append(row.take(tokens[b][: counts[b]], before[b] - 1, None if logprobs is None else logprobs[b]))
+            emitted.append(row.take(host[b][: counts[b]], host[b][-1] - 1, None if logprobs is None else logprobs[b]))
         return counts, emitted
 
     def select(self, rows: list[int]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foretoken.cache import SlotCache
 from foretoken.noise import DRAFT, TARGET, vocabulary
-from foretoken.sampling import Sampler
+from foretoken.sampling import Sampler, law_of
 from foretoken.tree import Draft
 
 
@@ -66,12 +66,8 @@ class Feed:
         return self.sampler.shape(logits)
 
     def law(self, values: Tensor) -> Tensor:
-        """[B, n, V']: the drafter's law at the request's temperature (one-hot where it is 0)."""
-        greedy = torch.zeros_like(values).scatter(-1, values.argmax(-1, keepdim=True), 1.0)
-        if not self.sampler.sampled:
-            return greedy
-        temperature = self.sampler.temperature
-        return torch.where(temperature > 0, (values / temperature.clamp(min=1e-6)).softmax(-1), greedy)
+        """[B, n, V']: the drafter's law at the request's temperature."""
+        return law_of(values, self.sampler.temperature)
 
     def rank(self, values: Tensor, level: int) -> Tensor:
         """[B, n, V']: values + T * gumbel for guesses at depth `level`; their order is the order of drafting.

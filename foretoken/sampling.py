@@ -126,12 +126,8 @@ class Scores:
         return self.position[:, None] + torch.arange(depths, device=self.values.device)
 
     def law(self) -> Tensor:
-        """[B, N, V]: the target's probabilities at each node (one-hot where T = 0)."""
-        greedy = torch.zeros_like(self.values).scatter(-1, self.values.argmax(-1, keepdim=True), 1.0)
-        if not self.sampled:
-            return greedy
-        warm = (self.values / self.temperature.clamp(min=1e-6).to(self.values.dtype)).softmax(-1)
-        return torch.where(self.temperature > 0, warm, greedy)
+        """[B, N, V]: the target's probabilities at each node."""
+        return law_of(self.values, self.temperature)
 
     def log_exponential(self, tokens: Tensor, stream: int) -> Tensor:
         """[B, N, I]: minus the Gumbel noise of each node's position, computed once per depth."""
@@ -140,6 +136,13 @@ class Scores:
             return noise.to(self.values.dtype)
         rows = torch.arange(len(noise), device=noise.device)[:, None]
         return noise[rows, self.draft.depth.clamp(max=self.draft.height)].to(self.values.dtype)
+
+
+def law_of(values: Tensor, temperature: Tensor) -> Tensor:
+    """[B, N, V]: softmax(values / T) for values [B, N, V] and T [B, 1, 1]; one-hot where T = 0."""
+    greedy = torch.zeros_like(values).scatter(-1, values.argmax(-1, keepdim=True), 1.0)
+    warm = (values / temperature.clamp(min=1e-6).to(values.dtype)).softmax(-1)
+    return torch.where(temperature > 0, warm, greedy)
 
 
 class Sampler:
