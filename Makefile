@@ -1,4 +1,4 @@
-# Everything runs in .venv, made here from nothing but Python, pip and a C++ compiler.
+# Everything runs in .venv, made here from nothing but Python and pip.
 # torch is pinned by constraints.txt. Where the package index serves CUDA builds of it, name a CPU index:
 #   make demo PIP_FLAGS="--extra-index-url URL"
 PYTHON ?= python3
