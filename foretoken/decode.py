@@ -69,11 +69,14 @@ class Row:
         return self.text[len(self.request.tokens) :]
 
     @property
+    def emitted(self) -> int:
+        """Tokens of the output so far."""
+        return len(self.text) - len(self.request.tokens)
+
+    @property
     def remaining(self) -> int:
         """Tokens that may still be emitted."""
-        if self.finish is not None:
-            return 0
-        return self.request.max_new_tokens - len(self.text) + len(self.request.tokens)
+        return 0 if self.finish is not None else self.request.max_new_tokens - self.emitted
 
     def take(self, tokens: list[int], guessed: int, logprobs: list[float] | None) -> list[int]:
         """Append the emitted `tokens`, the first `guessed` of which were drafted; returns those before a stop."""
@@ -273,7 +276,7 @@ class Session:
             logprobs = at_path.gather(-1, new[..., None]).squeeze(-1).tolist()
         emitted: list[list[int]] = []
         for b, row in enumerate(self.rows):
-            row.forwards += int(row.finish is None and bool(row.output))
+            row.forwards += int(row.finish is None and row.emitted > 0)
             emitted.append(row.take(host[b][: counts[b]], host[b][-1] - 1, None if logprobs is None else logprobs[b]))
         return counts, emitted
 

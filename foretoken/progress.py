@@ -49,7 +49,7 @@ def batch_progress(update: Update, prompts: int, max_new_tokens: int) -> Callabl
     def on_step(session: Session) -> None:
         nonlocal finished
         finished += sum(row.finish is not None for row in session.rows)  # each leaves the session after this call
-        running = sum(len(row.output) for row in session.rows if row.finish is None)
+        running = sum(row.emitted for row in session.rows if row.finish is None)
         what = f"{finished} of {prompts} prompts, tokens"
         update(what, finished * max_new_tokens + running, prompts * max_new_tokens)
 
