@@ -80,6 +80,8 @@ class Row:
 
     def take(self, tokens: list[int], guessed: int, logprobs: list[float] | None) -> list[int]:
         """Append the emitted `tokens`, the first `guessed` of which were drafted; returns those before a stop."""
+        if self.finish is not None:
+            return []
         if self.stream is not None or self.request.until is not None:
             tokens = self._until_stop(tokens)
         self.text += tokens
@@ -218,7 +220,9 @@ class Session:
         return [i for i, row in enumerate(self.rows) if row.finish is None]
 
     def step(self) -> list[list[int]]:
-        """One forward for all rows. Returns the tokens that each row emitted, none for finished ones."""
+        """One forward for all rows, if any is running. Returns the tokens that each emitted, none for finished ones."""
+        if not self.running:
+            return [[] for _ in self.rows]
         with torch.inference_mode():
             draft = self.drafter.propose(self.feed(), self.state)
             read = self.target.judge(draft, self.cache, self.drafter.needs.features)

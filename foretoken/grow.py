@@ -56,11 +56,10 @@ def grow(shape: Shape, feed: Feed, logits: Tensor, extend: Extend) -> Draft:
             fresh = ranked.topk(width, -1).indices.flatten(1)  # [B, W]
             source = torch.arange(W, device=device).expand(B, W) if level > 1 else torch.zeros_like(fresh)
             chance = law.gather(2, fresh.view(B, -1, width)).flatten(1).log()
-            joint = joint.gather(1, source) + chance
         else:
-            chance, choice = ranked.log_softmax(-1).topk(min(W, ranked.shape[-1]), -1)  # [B, n, W]
+            chance, choice = ranked.log_softmax(-1).topk(W, -1)  # [B, n, W]
             joint, best = (joint[..., None] + chance).flatten(1).topk(W, -1)  # [B, W]
-            source, fresh = best // chance.shape[-1], choice.flatten(1).gather(1, best)
+            source, fresh = best // W, choice.flatten(1).gather(1, best)
             chance = chance.flatten(1).gather(1, best)
         first = tokens.shape[1] - logits.shape[1]  # the first node of the level before
         above = (first + source).masked_fill(~going[:, None], -1)

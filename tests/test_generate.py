@@ -102,6 +102,10 @@ def test_a_session_goes_on_step_by_step():
             mine += new
     assert [row.output for row in session.rows] == emitted
     assert [len(e) for e in emitted] == [12, 5]
+    before = [(row.forwards, row.ended) for row in session.rows]
+    assert session.rows[1].ended < session.rows[0].ended  # a finished row's clock stands while others run
+    assert session.step() == [[], []]
+    assert [(row.forwards, row.ended) for row in session.rows] == before
 
 
 BAD = [

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from foretoken.attention import NAME, adopt
 from foretoken.bench.machine import Machine, read_bandwidth, synchronise
@@ -209,8 +209,6 @@ class Clocked(Target):
 
 def cache_ratio(target: Target, tokens: int, width: int = 8) -> float:
     """Bytes of our cache over those of transformers' static cache, both for `tokens` tokens of one row."""
-    from transformers import StaticCache
-
     heads = getattr(target.config, "num_key_value_heads", target.config.num_attention_heads)
     size = getattr(target.config, "head_dim", None) or target.config.hidden_size // target.config.num_attention_heads
     static = StaticCache(config=target.config, max_cache_len=tokens)
