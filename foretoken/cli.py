@@ -249,15 +249,56 @@ def bench_step(
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the measurement as JSON.")] = None,
 ) -> None:
     """Measure what a forward costs at each width."""
-    try:
-        numbers = [int(part) for part in widths.replace(",", " ").split()]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
+    asked = numbers("--widths", widths)
+    if min(asked) < 1 or any(n != int(n) for n in asked):
         raise UserError(f"--widths is {widths!r}; give whole numbers of 1 or more, separated by commas.")
     from foretoken.bench.step import run
 
-    run(model, dtype, numbers, context, repeats, out)
+    run(model, dtype, [int(n) for n in asked], context, repeats, out)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    drafter: Annotated[
+        str, typer.Argument(metavar="NAME:PATH", help="Trained heads; the trees are stored beside them.")
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One prompt per line, or .jsonl.", rich_help_panel=INPUT)
+    ] = None,
+    source: Annotated[
+        str, typer.Option(metavar="S", help="Without a file: pieces of this training text.", rich_help_panel=INPUT)
+    ] = "stdlib",
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Most prompts.", rich_help_panel=INPUT)] = 64,
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Tokens of a piece.", rich_help_panel=INPUT)
+    ] = 64,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Guesses of a tree.", rich_help_panel=METHOD)] = 63,
+    temperatures: Annotated[
+        str, typer.Option(metavar="T,T,...", help="A tree for each.", rich_help_panel=SAMPLING)
+    ] = "0,1",
+    max_new_tokens: NewTokens = 128,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Measure how often trained heads are right, and store the trees that suit them."""
+    from foretoken.training.calibrate import run
+
+    run(
+        model,
+        drafter,
+        prompts=prompts,
+        source=source,
+        limit=limit,
+        prompt_tokens=prompt_tokens,
+        nodes=nodes,
+        temperatures=numbers("--temperatures", temperatures),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
 
 
 @app.command()
@@ -275,6 +316,17 @@ def drafters() -> None:
     from foretoken.catalogue import show
 
     show()
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The numbers in `text`, separated by commas."""
+    try:
+        found = [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0:
+        raise UserError(f"{option} is {text!r}; give numbers of 0 or more, separated by commas.")
+    return found
 
 
 def main() -> None:

@@ -14,3 +14,10 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     near = get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else "choose one of them."
     return UserError(f"{name!r} is no {what}; there are {', '.join(names) or 'none'}: {hint}")
+
+
+def at_least(name: str, **minima: tuple[float, float]) -> None:
+    """`UserError` for the first setting whose (value, minimum) is out of order."""
+    for key, (value, least) in minima.items():
+        if value < least:
+            raise UserError(f"{name}: {key} is {value}; it must be {least} or more.")

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from foretoken.cache import SlotCache
 from foretoken.errors import UserError
 from foretoken.tree import Draft
+from foretoken.unembed import Unembedding, unembedding_of
 
 CHUNK = 512
 """Prompt tokens read per forward."""
@@ -88,6 +89,16 @@ class Target:
     @property
     def name(self) -> str:
         return str(self.model.name_or_path or type(self.model).__name__)
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The model without its output head."""
+        return cast(PreTrainedModel, self.model.get_decoder())
+
+    @property
+    def unembed(self) -> Unembedding:
+        """The output head, as the model scales and bounds it."""
+        return unembedding_of(self.model, self.config)
 
     @property
     def chunk(self) -> int:

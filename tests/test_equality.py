@@ -13,8 +13,10 @@ from transformers import LogitsProcessor
 
 import foretoken
 from foretoken.decode import Request, Row, Session
-from foretoken.drafters import METHODS, make_drafter
+from foretoken.drafters import METHODS, make_drafter, module_of
 from foretoken.generation import decode_all
+from foretoken.grow import Shape
+from foretoken.heads import Plan
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
 from foretoken.target import Target
@@ -34,7 +36,14 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lookahead": ("lookahead", {"window": 4, "ngram": 3, "guesses": 3}),
     "early_exit": ("early_exit", {"layers": 1, "depth": 3}),
     "early_tree": ("early_exit", {"layers": 1, "depth": 2, "width": 3}),
+    "mtp": ("mtp", {"heads": 4}),
+    "mtp_tree": ("mtp", {"heads": 3, "kind": "causal", "width": 3}),
+    "blockwise": ("blockwise", {"heads": 4}),
+    "medusa_tree": ("medusa", {"heads": 3, "paths": [[0], [1], [0, 0], [0, 1], [2], [0, 0, 0], [1, 0]]}),
+    "weighted": ("weighted_heads", {"heads": 3, "width": 2}),
 }
+TRAINED = ("mtp", "blockwise", "medusa", "weighted_heads")
+"""Drafters with heads; here untrained ones with noise, which guess right now and then."""
 TEMPERATURES = (0.0, 0.7, 1.3)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -71,7 +80,24 @@ def family(name: str, dtype: str) -> tuple[Target, Target]:
 
 def drafter_for(key: str, target: Target, draft: Target) -> Any:
     name, settings = DRAFTERS[key]
+    if name in TRAINED:
+        return with_heads(name, dict(settings), target)
     return make_drafter(name, target, settings | ({"path": draft} if name == "draft_model" else {}))
+
+
+def with_heads(name: str, settings: dict[str, Any], target: Target) -> Any:
+    """The drafter with heads of these settings; a family that can lend no layer gets linear ones."""
+    module, paths, width = module_of(name), settings.pop("paths", ()), settings.pop("width", 1)
+    if name == "mtp" and target.config.model_type in ("gpt2", "gpt_bigcode", "opt"):
+        settings["kind"] = "linear"
+    torch.manual_seed(7)
+    heads = module.fresh(target, module.Architecture(**settings))
+    for parameter in heads.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    drafter = module.build(target, module.Config(path=heads, width=width))
+    if paths:
+        drafter.plan = Plan(Shape(3), {0.0: paths})
+    return drafter
 
 
 @cache
@@ -205,10 +231,9 @@ def test_the_context_ends_the_output(key: str):
 @pytest.mark.parametrize("key", DRAFTERS)
 def test_real_models(key: str, temperature: float):
     """A model that writes stories, and another one that drafts for it."""
-    name, settings = DRAFTERS[key]
     target, draft = asset(BITSTORIES, torch.float32), asset(STORIES, torch.float32)
     prompts = ["Once upon a time", "The little dog ran to the"]
-    drafter = make_drafter(name, target, settings | ({"path": draft} if name == "draft_model" else {}))
+    drafter = drafter_for(key, target, draft)
     outputs = foretoken.generate(
         target, prompts, drafter=drafter, temperature=temperature, seed=7, max_new_tokens=48, top_p=0.95
     )

@@ -21,6 +21,10 @@ METHODS = {
     "jacobi": "foretoken.drafters.jacobi",
     "lookahead": "foretoken.drafters.lookahead",
     "early_exit": "foretoken.drafters.early_exit",
+    "mtp": "foretoken.drafters.mtp",
+    "blockwise": "foretoken.drafters.blockwise",
+    "medusa": "foretoken.drafters.medusa",
+    "weighted_heads": "foretoken.drafters.weighted_heads",
 }
 
 
@@ -72,10 +76,3 @@ def converted(name: str, key: str, value: Any, kind: Any) -> Any:
     except (KeyError, ValueError) as error:
         need = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise UserError(f"{name}: {key} is {value!r}; it must be {need}.") from error
-
-
-def at_least(name: str, **minima: tuple[float, float]) -> None:
-    """`UserError` for the first setting whose (value, minimum) is out of order."""
-    for key, (value, least) in minima.items():
-        if value < least:
-            raise UserError(f"{name}: {key} is {value}; it must be {least} or more.")

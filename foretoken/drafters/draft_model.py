@@ -7,8 +7,7 @@ from torch import Tensor
 
 from foretoken.cache import SlotCache
 from foretoken.drafter import Feed, Needs
-from foretoken.drafters import at_least
-from foretoken.errors import UserError
+from foretoken.errors import UserError, at_least
 from foretoken.grow import Shape, grow
 from foretoken.loading import load
 from foretoken.target import Target

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foretoken.drafter import Feed, Needs, Stateless
-from foretoken.drafters import at_least
+from foretoken.errors import at_least
 from foretoken.grow import Shape, grow
 from foretoken.target import Target
 from foretoken.tree import Draft

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foretoken.drafter import Feed, Needs
-from foretoken.drafters import at_least
+from foretoken.errors import at_least
 from foretoken.target import Target
 from foretoken.tree import Draft, closure
 

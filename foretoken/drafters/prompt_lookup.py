@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from foretoken.drafter import Feed, Needs
-from foretoken.drafters import at_least
+from foretoken.errors import at_least
 from foretoken.target import Target
 from foretoken.tree import Draft, stack
 

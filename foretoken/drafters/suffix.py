@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from foretoken.automaton import SuffixAutomaton
 from foretoken.drafter import Feed, Needs
-from foretoken.drafters import at_least
+from foretoken.errors import at_least
 from foretoken.target import Target
 from foretoken.tree import Draft, stack
 
