@@ -1,0 +1,1 @@
+"""What training needs and no method changes: text, tokens, losses, the loop."""
