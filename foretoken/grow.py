@@ -10,7 +10,8 @@ from foretoken.drafter import Feed
 from foretoken.tree import Draft
 
 Extend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(tokens [B, n], depth [B, n], ancestors [B, n, offset + n], offset) -> logits [B, n, V'] of nodes after the root."""
+"""(tokens [B, n], depth [B, n], ancestors [B, n, offset + n], offset) -> logits [B, n, V'] of nodes after the root; or
+[B, 1, V'] where they are the same for all n."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +50,20 @@ def grow(shape: Shape, feed: Feed, logits: Tensor, extend: Extend) -> Draft:
     for level in range(1, depth + 1):
         values = feed.values(logits)
         ranked = feed.rank(values, level)
+        n = 1 if level == 1 else W  # nodes of the level before
         if feed.samples:
-            law = feed.law(values)
+            law = feed.law(values).expand(-1, n, -1)
             laws.append(law)
             width = W if level == 1 else 1
-            fresh = ranked.topk(width, -1).indices.flatten(1)  # [B, W]
+            fresh = ranked.topk(width, -1).indices.expand(-1, n, -1).flatten(1)  # [B, W]
             source = torch.arange(W, device=device).expand(B, W) if level > 1 else torch.zeros_like(fresh)
             chance = law.gather(2, fresh.view(B, -1, width)).flatten(1).log()
         else:
-            chance, choice = ranked.log_softmax(-1).topk(W, -1)  # [B, n, W]
+            chance, choice = (x.expand(-1, n, -1) for x in ranked.log_softmax(-1).topk(W, -1))  # [B, n, W]
             joint, best = (joint[..., None] + chance).flatten(1).topk(W, -1)  # [B, W]
             source, fresh = best // W, choice.flatten(1).gather(1, best)
             chance = chance.flatten(1).gather(1, best)
-        first = tokens.shape[1] - logits.shape[1]  # the first node of the level before
+        first = tokens.shape[1] - n  # the first node of the level before
         above = (first + source).masked_fill(~going[:, None], -1)
         seen = ancestors.gather(1, (first + source)[..., None].expand(-1, -1, ancestors.shape[2]))
         ancestors = below(ancestors, seen)

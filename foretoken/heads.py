@@ -58,7 +58,7 @@ def spread(plan: Plan, feed: Feed, logits: Tensor) -> Draft:
 
     def extend(tokens: Tensor, depth: Tensor, ancestors: Tensor, offset: int) -> Tensor:
         level = 1 + offset // tokens.shape[1]
-        return logits[:, level : level + 1].expand(-1, tokens.shape[1], -1)
+        return logits[:, level : level + 1]
 
     return grow(shape, feed, logits[:, :1], extend)
 

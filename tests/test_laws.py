@@ -13,6 +13,7 @@ from foretoken import rules
 from foretoken.decode import Request, Session
 from foretoken.drafters import make_drafter
 from foretoken.grow import Shape
+from foretoken.heads import Plan, spread
 from foretoken.noise import ACCEPT, DRAFT, RESIDUAL, TARGET, Noise
 from foretoken.rules import (
     RULES,
@@ -211,6 +212,19 @@ def test_sampled_rounds_have_the_expected_length(rule, depth, width):
 # ---------------------------------------------------------------------------------------- sampled, with the keyed noise
 
 
+def spreading(drafter: ToyLM, plan: Plan):
+    """Two heads: the second knows neither the guess before it nor much of the truth."""
+
+    def draft(feed, prefix) -> Draft:
+        first = drafter.logits(prefix)
+        return spread(plan, feed, torch.stack([first, first.roll(1, -1)], 1))
+
+    return draft
+
+
+RANKS = Plan(Shape(2), {1.0: [(0,), (1,), (0, 0), (1, 0), (0, 1), (2,)]})
+
+
 def without_law(draft_of):
     return lambda feed, prefix: replace(draft_of(feed, prefix), q=None)
 
@@ -249,6 +263,12 @@ SAMPLED = [
     ("block", "chain of 3", 5, lambda d: growing(d, 3)),
     ("block", "chain that stops", 4, lambda d: growing(d, 3, 1, 0.4)),
     ("block", "chain without law", 4, lambda d: without_law(growing(d, 2))),
+    ("match", "heads' tree of ranks", 4, lambda d: spreading(d, RANKS)),
+    ("rejection", "heads' chain", 4, lambda d: spreading(d, Plan(Shape(2)))),
+    ("rejection", "heads' 3 paths", 4, lambda d: spreading(d, Plan(Shape(2, 3)))),
+    ("rejection", "heads' tree of ranks", 4, lambda d: spreading(d, RANKS)),
+    ("rejection", "heads' tree without law", 4, lambda d: without_law(spreading(d, RANKS))),
+    ("block", "heads' chain", 4, lambda d: spreading(d, Plan(Shape(2)))),
 ]
 
 
