@@ -101,6 +101,8 @@ def framed(target: Target, layers: Sequence[nn.Module]) -> nn.Module:
         config.layer_types = [target.config.layer_types[-1]] * len(layers)
     frame.__dict__["config"] = config
     frame.__dict__["_modules"] = dict(frame.named_children()) | {blocks: nn.ModuleList(layers), norm: nn.Identity()}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        frame.__dict__[hooks] = type(frame.__dict__[hooks])()  # a hook on the decoder is not for its branches
     for number, layer in enumerate(layers):
         for module in layer.modules():
             if "layer_idx" in vars(module):

@@ -1,34 +1,41 @@
-"""Every drafter on a model that travels with the package, each compared with plain decoding token for token."""
+"""Every drafter on a code model that travels with the package, each compared with plain decoding token for token."""
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from rich.console import Console
+from rich.syntax import Syntax
 from rich.table import Table
 
 from foretoken.drafters import make_drafter
 from foretoken.generation import Output, generate
 from foretoken.loading import load
 from foretoken.target import Target
+from foretoken.text import decode
+from foretoken.training.prompts import ids_of, prompts_of
+from foretoken.training.sources import documents
+from foretoken.training.stdlib import HELD_OUT
 
 ASSETS = Path(__file__).parent / "assets"
-PROMPTS = (
-    "Once upon a time, there was a little girl named Lily. She had a red ball",
-    "Tom and his dog went to the park. The sun was warm and",
-    "The big bear was sad because he lost his hat. A small bird said",
-    "One day, a boy found a shiny stone near the river. He",
-)
+MODEL = ASSETS / "stdlib5M"
+PROMPTS = 4
 DRAFTERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("none", {}),
     ("prompt_lookup", {}),
     ("suffix", {}),
     ("jacobi", {}),
     ("lookahead", {}),
-    ("early_exit", {"layers": 6, "width": 3}),
-    ("draft_model", {"path": str(ASSETS / "stories260K")}),
-    ("draft_model", {"path": str(ASSETS / "stories260K"), "width": 3}),
+    ("early_exit", {"layers": 5, "width": 3}),
+    ("draft_model", {"path": str(ASSETS / "stdlib1M")}),
+    ("draft_model", {"path": str(ASSETS / "stdlib1M"), "width": 3}),
+    ("blockwise", {"path": str(ASSETS / "stdlib5M-blockwise")}),
+    ("weighted_heads", {"path": str(ASSETS / "stdlib5M-weighted_heads")}),
+    ("medusa", {"path": str(ASSETS / "stdlib5M-medusa")}),
+    ("mtp", {"path": str(MODEL), "width": 1}),
+    ("mtp", {"path": str(MODEL)}),
 )
 
 
@@ -44,12 +51,26 @@ class Run:
     same: bool
 
 
-def measure(target: Target, name: str, settings: dict[str, Any], temperature: float, plain: list[Output]) -> Run:
+def pieces(target: Target) -> list[str]:
+    """Beginnings of functions in packages of the standard library that the model was not trained on."""
+    found = prompts_of(documents("stdlib", split="held_out"), target, length=96, cuts=2, seed=1)
+    assert target.tokenizer is not None
+    return [decode(target.tokenizer, ids_of(target, p)) for p in islice(found, 1, 20 * PROMPTS, 20)]
+
+
+def measure(
+    target: Target,
+    prompts: list[str],
+    name: str,
+    settings: dict[str, Any],
+    temperature: float,
+    plain: list[Output],
+) -> Run:
     """The prompts decoded together with one drafter; without `plain` outputs it is the plain run itself."""
     drafter = make_drafter(name, target, settings)
     began = perf_counter()
     outputs: list[Output] = generate(
-        target, list(PROMPTS), drafter=drafter, max_new_tokens=160, temperature=temperature, seed=1
+        target, prompts, drafter=drafter, max_new_tokens=160, temperature=temperature, seed=1
     )
     seconds = perf_counter() - began
     same = all(a.token_ids == b.token_ids for a, b in zip(outputs, plain, strict=True)) if plain else True
@@ -76,17 +97,20 @@ def table(title: str, runs: list[Run]) -> Table:
 def run() -> bool:
     """Print the tables; whether every drafter's output was that of plain decoding."""
     console = Console(highlight=False)
-    target = load(ASSETS / "bitstories3M", dtype="float32", device="cpu")
+    target = load(MODEL, dtype="float32", device="cpu")
+    prompts = pieces(target)
     console.print(
-        f"Target bitstories3M (3.3M parameters), draft model stories260K; {len(PROMPTS)} prompts decoded together.\n"
+        f"Target {MODEL.name}, trained on Python's standard library but {', '.join(HELD_OUT)}; "
+        f"{len(prompts)} pieces of those decoded together.\n"
     )
     good, first = True, ""
     for temperature in (0.0, 1.0):
         plain: list[Output] = []
-        runs = [measure(target, name, settings, temperature, plain) for name, settings in DRAFTERS]
+        runs = [measure(target, prompts, name, settings, temperature, plain) for name, settings in DRAFTERS]
         console.print(table(f"temperature {temperature:g}", runs))
         good = good and all(r.same for r in runs)
-        first = first or PROMPTS[0] + plain[0].text
-    console.print(f"\n[dim]The first story, temperature 0:[/]\n{first}\n")
-    console.print("Every output is the plain one, token for token." if good else "[bold red]Outputs differ.[/]")
+        first = first or prompts[0] + plain[0].text
+    console.print("\n[dim]The first piece, continued at temperature 0:[/]")
+    console.print(Syntax(first, "python", theme="ansi_dark", background_color="default"))
+    console.print("\nEvery output is the plain one, token for token." if good else "[bold red]Outputs differ.[/]")
     return good

@@ -71,14 +71,18 @@ def save(folder: Path, saved: Saved, weights: nn.Module, dtype: torch.dtype | No
     """Write the description and the weights, in `dtype` if given."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in weights.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    draft = folder / f".{WEIGHTS}.part"
+    save_file(tensors, draft, {"format": "pt"})
+    draft.chmod(draft.stat().st_mode | 0o044)  # safetensors lets nobody else read
+    draft.replace(folder / WEIGHTS)
     describe(folder, saved)
 
 
 def describe(folder: Path, saved: Saved) -> None:
     """Write `drafter.json` alone."""
-    text = json.dumps(dataclasses.asdict(saved), indent=1)
-    (folder / DESCRIPTION).write_text(text + "\n")
+    draft = folder / f".{DESCRIPTION}.part"
+    draft.write_text(json.dumps(dataclasses.asdict(saved), indent=1) + "\n")
+    draft.replace(folder / DESCRIPTION)
 
 
 def read(folder: Path, method: str | None = None) -> Saved:

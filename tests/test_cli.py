@@ -79,7 +79,8 @@ def test_help_loads_no_model_code_and_is_quick():
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
         assert "typer" in imported
         assert imported.isdisjoint({"torch", "transformers", "numpy", "huggingface_hub", "safetensors"})
-    for command in ("generate", "chat", "check", "bench-step", "demo", "drafters"):
+    training = ("train", "distill-data", "calibrate")
+    for command in ("generate", "chat", "check", "bench-step", *training, "demo", "drafters"):
         assert f" {command} " in done.stdout
     assert min(seconds) < 1.0  # 0.15 on an idle core
 
@@ -487,6 +488,28 @@ def test_bench_step_and_demo_are_wired(monkeypatch: pytest.MonkeyPatch):
     for good, code in ((True, 0), (False, 1)):
         monkeypatch.setattr("foretoken.demo.run", lambda good=good: good)
         assert run("demo").exit_code == code
+
+
+def test_training_commands_are_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen: list[Any] = []
+    monkeypatch.setattr("foretoken.training.loop.run", lambda *args: seen.append(args))
+    ok("train", "recipe.yaml", "steps=3", "optimizer.lr=0.1")
+    ok("train", "recipe.yaml")
+    assert seen == [(Path("recipe.yaml"), ["steps=3", "optimizer.lr=0.1"]), (Path("recipe.yaml"), [])]
+    out = tmp_path / "said.jsonl"
+    (tmp_path / "asked.txt").write_text(f"{PROMPT}\nThe dog\n")
+    asked = ("--prompts", str(tmp_path / "asked.txt"))
+    ok("distill-data", STORIES, "--out", str(out), *asked, "--max-new-tokens", "5")
+    said = [json.loads(line)["completion"] for line in out.read_text().splitlines()]
+    target = asset(STORIES, torch.float32)
+    assert said == [o.text for o in foretoken.generate(target, [PROMPT, "The dog"], max_new_tokens=5)]
+    assert "names no trained heads" in refused("calibrate", STORIES, "medusa")
+    assert "--temperatures is 'x'" in refused("calibrate", STORIES, "medusa:x", "--temperatures", "x")
+
+
+def test_training_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "foretoken.training.loop", None)
+    assert "foretoken[train]" in refused("train", "recipe.yaml")
 
 
 # chat
