@@ -21,7 +21,7 @@ from foretoken.training.stdlib import HELD_OUT
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "stdlib5M"
-PROMPTS = 4
+PROMPTS, TOKENS = 4, 160
 DRAFTERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("none", {}),
     ("prompt_lookup", {}),
@@ -44,7 +44,6 @@ class Run:
     """All prompts through one drafter."""
 
     name: str
-    tokens: int
     forwards: int
     tokens_per_forward: float
     seconds: float
@@ -70,7 +69,7 @@ def measure(
     drafter = make_drafter(name, target, settings)
     began = perf_counter()
     outputs: list[Output] = generate(
-        target, prompts, drafter=drafter, max_new_tokens=160, temperature=temperature, seed=1
+        target, prompts, drafter=drafter, max_new_tokens=TOKENS, temperature=temperature, seed=1
     )
     seconds = perf_counter() - began
     same = all(a.token_ids == b.token_ids for a, b in zip(outputs, plain, strict=True)) if plain else True
@@ -78,19 +77,18 @@ def measure(
         plain.extend(outputs)
     tokens, forwards = sum(len(o.token_ids) for o in outputs), sum(o.forwards for o in outputs)
     shown = "".join(f", {k} {v}" for k, v in settings.items() if k != "path")
-    return Run(name + shown, tokens, forwards, (tokens - len(outputs)) / forwards, seconds, same)
+    return Run(name + shown, forwards, (tokens - len(outputs)) / forwards, seconds, same)
 
 
 def table(title: str, runs: list[Run]) -> Table:
-    columns = ("drafter", "tokens", "forwards", "tokens/forward", "seconds", "same as plain")
+    columns = ("drafter", "forwards", "tokens/forward", "seconds", "same as plain")
     shown = Table(*columns, title=title, title_justify="left")
-    for column in shown.columns[1:5]:
+    shown.columns[0].no_wrap = True
+    for column in shown.columns[1:4]:
         column.justify = "right"
     for r in runs:
         verdict = "[green]yes[/]" if r.same else "[bold red]NO[/]"
-        shown.add_row(
-            r.name, str(r.tokens), str(r.forwards), f"{r.tokens_per_forward:.2f}", f"{r.seconds:.2f}", verdict
-        )
+        shown.add_row(r.name, str(r.forwards), f"{r.tokens_per_forward:.2f}", f"{r.seconds:.2f}", verdict)
     return shown
 
 
@@ -101,16 +99,16 @@ def run() -> bool:
     prompts = pieces(target)
     console.print(
         f"Target {MODEL.name}, trained on Python's standard library but {', '.join(HELD_OUT)}; "
-        f"{len(prompts)} pieces of those decoded together.\n"
+        f"{len(prompts)} pieces of those decoded together, {TOKENS} tokens each.\n"
     )
-    good, first = True, ""
+    good, said = True, ""
     for temperature in (0.0, 1.0):
         plain: list[Output] = []
         runs = [measure(target, prompts, name, settings, temperature, plain) for name, settings in DRAFTERS]
         console.print(table(f"temperature {temperature:g}", runs))
         good = good and all(r.same for r in runs)
-        first = first or prompts[0] + plain[0].text
-    console.print("\n[dim]The first piece, continued at temperature 0:[/]")
-    console.print(Syntax(first, "python", theme="ansi_dark", background_color="default"))
+        said = prompts[-1] + plain[-1].text
+    console.print("\n[dim]The last piece, continued at temperature 1:[/]")
+    console.print(Syntax(said, "python", theme="ansi_dark", background_color="default", word_wrap=True))
     console.print("\nEvery output is the plain one, token for token." if good else "[bold red]Outputs differ.[/]")
     return good
