@@ -239,6 +239,34 @@ def test_best_paths_are_the_best(counts: list[list[int]], nodes: int):
     assert sum(value[p] for p in found) == pytest.approx(sum(top))
 
 
+@pytest.mark.parametrize(
+    ("conditional", "tokens"),
+    [
+        ((0.94, 0.894, 0.857), 3.50),  # Meta's 7B with four heads: code, Wikipedia, books (arXiv:2404.19737, table S2)
+        ((0.88, 0.784, 0.797), 3.12),
+        ((0.87, 0.793, 0.768), 3.09),
+        ((0.81, 0.56 / 0.81, 0.36 / 0.56), 2.73),  # FastMTP (arXiv:2509.18362)
+        ((0.7, 0.7, 0.7, 0.7), 1 + 1.7731),  # E[A] = a (1 - a^k) / (1 - a)
+    ],
+)
+def test_published_acceptances_give_the_published_tokens_per_forward(conditional: tuple[float, ...], tokens: float):
+    accuracy = torch.tensor(conditional, dtype=torch.float64)[:, None]
+    chain = [(0,) * d for d in range(1, len(conditional) + 1)]
+    assert expected(accuracy, chain) == pytest.approx(tokens, abs=0.006)
+
+
+def test_heads_have_the_published_sizes():
+    """At hidden size 4,096 and 32,000 tokens: 147.85M for a Medusa head, 393,216,000 for three output heads."""
+    with torch.device("meta"):
+        output = torch.empty(32000, 4096)
+        medusa = module_of("medusa").Heads(module_of("medusa").Architecture(heads=1), 4096, [output])
+        mtp = module_of("mtp").Heads(
+            module_of("mtp").Architecture(unembedding="own"), torch.nn.ModuleList(), [output] * 3
+        )
+    assert sum(p.numel() for p in medusa.parameters()) == 4096**2 + 4096 + 4096 * 32000 == 147_853_312
+    assert sum(p.numel() for p in mtp.parameters()) == 393_216_000
+
+
 def test_a_tree_without_a_parent_is_an_error():
     with pytest.raises(UserError, match=r"\[1, 0\] without its parent"):
         laid_out([[0], [1, 0]])
