@@ -19,6 +19,7 @@ from foretoken.grow import Shape, grow
 from foretoken.saved import load_weights, read, require_target, settle
 from foretoken.target import Target
 from foretoken.tree import Draft, closure
+from foretoken.unembed import Unembedding
 
 Paths = Sequence[Sequence[int]]
 
@@ -48,6 +49,11 @@ def last_states(feed: Feed, states: Tensor) -> Tensor:
     """[B, 1, H] of states [B, M, H] at each row's last committed token."""
     place = (torch.tensor(feed.count, device=states.device) - 1).clamp(min=0)[:, None, None]
     return states.gather(1, place.expand(-1, -1, states.shape[2]))
+
+
+def output_head(target: Target, own: nn.ParameterList, head: int) -> Unembedding:
+    """The output head of guess `head`, from 0: its own weights [V, H], or the target's where heads have none."""
+    return replace(target.unembed, weight=own[head]) if len(own) else target.unembed
 
 
 def spread(plan: Plan, feed: Feed, logits: Tensor) -> Draft:

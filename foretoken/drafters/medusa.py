@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foretoken.drafter import Feed, Needs, Stateless
 from foretoken.errors import at_least, unknown
-from foretoken.heads import Config, Plan, last_states, opened, planned, spread
+from foretoken.heads import Config, Plan, last_states, opened, output_head, planned, spread
 from foretoken.objective import Batch, Stage
 from foretoken.target import Target
 from foretoken.tree import Draft
@@ -79,10 +79,7 @@ class Medusa:
 
     def unembed(self, head: int) -> Unembedding:
         """The output head of guess `head`, from 0."""
-        shared = self.target.unembed
-        if not self.heads.outputs:
-            return shared
-        return Unembedding(self.heads.outputs[head], shared.bias, shared.scale, shared.softcap)
+        return output_head(self.target, self.heads.outputs, head)
 
     def stages(self, batch: Batch) -> list[Stage]:
         """Head k's label is token t + k + 1 and its loss weighs 0.8^k (arXiv:2401.10774, section 2.2.1)."""

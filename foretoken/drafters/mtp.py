@@ -15,7 +15,7 @@ from foretoken.branch import Branch, last_layers, norm_of
 from foretoken.cache import SlotCache
 from foretoken.drafter import Feed, Needs
 from foretoken.errors import UserError, at_least, unknown
-from foretoken.heads import Config, Plan, last_states, opened, planned, spread
+from foretoken.heads import Config, Plan, last_states, opened, output_head, planned, spread
 from foretoken.objective import Batch, Stage
 from foretoken.target import Target
 from foretoken.tree import Draft
@@ -107,10 +107,7 @@ class Mtp:
 
     def unembed(self, head: int) -> Unembedding:
         """The output head of guess `head`, from 0."""
-        shared = self.target.unembed
-        if not self.heads.outputs:
-            return shared
-        return Unembedding(self.heads.outputs[head], shared.bias, shared.scale, shared.softcap)
+        return output_head(self.target, self.heads.outputs, head)
 
     def stages(self, batch: Batch) -> list[Stage]:
         """Parallel and linear heads beside each other; causal ones behind each other; label of head i: token t + i."""
