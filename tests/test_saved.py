@@ -46,6 +46,7 @@ def test_a_target_is_recognised_in_any_precision(dtype: torch.dtype, tmp_path: P
     written(tmp_path, make("llama", torch.float32), torch.bfloat16)
     target = make("llama", torch.float32)
     target.model.to(dtype)
+    assert store.same_weights(store.fingerprint(target), store.read(tmp_path).target["fingerprint"])
     make_drafter(f"medusa:{tmp_path}", target)
 
 
