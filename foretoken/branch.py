@@ -48,11 +48,10 @@ class Branch:
         """An empty cache of the branch's own for rows of `capacity` tokens and drafts of `width` nodes."""
         return SlotCache(batch, capacity, self.windows, max(self.target.chunk, width), self.target.device)
 
-    def __call__(self, states: Tensor, mask: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+    def __call__(self, states: Tensor) -> Tensor:
         """[B, T, H] output, before the final norm, of states [B, T, H] read as a whole and causally."""
-        if position is None:
-            position = torch.arange(states.shape[1], device=states.device)[None]
-        return self._run(states, mask, position, use_cache=False)
+        position = torch.arange(states.shape[1], device=states.device)[None]
+        return self._run(states, None, position, use_cache=False)
 
     def extend(
         self,

@@ -39,13 +39,6 @@ class Batch:
         known = torch.where(same & self.learn[:, offset:], self.tokens[:, offset:], IGNORED)
         return torch.nn.functional.pad(known, (0, offset), value=IGNORED)
 
-    def later(self, offset: int) -> Tensor:
-        """[B, T] int64: token i + offset at row i, whatever it is; the last one again where the text ends."""
-        place = (torch.arange(self.tokens.shape[1], device=self.tokens.device) + offset).clamp(
-            max=self.tokens.shape[1] - 1
-        )
-        return self.tokens[:, place]
-
 
 @dataclass(frozen=True, slots=True)
 class Stage:

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from foretoken.errors import UserError
 from foretoken.objective import IGNORED
 from foretoken.training import losses
-from foretoken.training.losses import cross_entropy, divergence, hits, ranks
+from foretoken.training.evaluate import judged
+from foretoken.training.losses import cross_entropy, divergence
 from foretoken.unembed import Unembedding
 
 HERE = ["chunked"] + ["torch"] * hasattr(torch.nn, "LinearCrossEntropyOptions")
@@ -333,24 +334,21 @@ def test_logits_of_any_size_give_finite_losses(small):
 
 
 @pytest.mark.parametrize("how", HEADS)
-def test_ranks_and_hits_equal_those_of_sorted_logits(small, how):
-    hidden, unembed, labels = states(252), head(**HEADS[how]), labels_of(252, ignored=0.2)
-    labels[::3] = torch.where(labels[::3] == IGNORED, IGNORED, all_logits(hidden, unembed)[::3].argmax(-1))
+def test_ranks_and_losses_equal_those_of_sorted_logits(small, how):
+    hidden, unembed, labels = states(252), head(**HEADS[how]), labels_of(252)
+    labels[::3] = all_logits(hidden, unembed)[::3].argmax(-1)
     order = all_logits(hidden, unembed).argsort(-1, descending=True)
-    places = [
-        V if label == IGNORED else row.index(label) for row, label in zip(order.tolist(), labels.tolist(), strict=True)
-    ]
-    ks = (1, 2, 5, V, V + 1)
-    assert ranks(hidden, unembed, labels).tolist() == places
-    assert hits(hidden, unembed, labels, ks).tolist() == [sum(p < min(k, V) for p in places) for k in ks]
-    assert hits(hidden, unembed, labels).tolist() == [sum(p < k for p in places) for k in (1, 5)]
+    places = [row.index(label) for row, label in zip(order.tolist(), labels.tolist(), strict=True)]
+    with torch.no_grad():
+        loss, rank = judged(hidden, unembed, labels)
+        assert float(loss) == pytest.approx(float(slow_cross_entropy(hidden, unembed, labels)))
+    assert rank.tolist() == places
 
 
-def test_equal_logits_share_a_rank_and_nan_hits_nothing():
+def test_the_first_of_equal_logits_wins_and_nan_comes_last():
     unembed = Unembedding(torch.tensor([[1.0], [1.0], [0.0], [2.0]]))
-    hidden = torch.tensor([[1.0], [1.0], [0.0], [torch.nan], [1.0]])
-    assert ranks(hidden, unembed, torch.tensor([0, 1, 2, 3, IGNORED])).tolist() == [1, 1, 0, 4, 4]
-    assert hits(hidden, unembed, torch.tensor([0, 1, 2, 3, IGNORED]), (1, 2, 9)).tolist() == [1, 3, 3]
+    hidden = torch.tensor([[1.0], [1.0], [0.0], [torch.nan]])
+    assert judged(hidden, unembed, torch.tensor([0, 1, 2, 3]))[1].tolist() == [1, 2, 2, 4]
 
 
 @pytest.mark.parametrize(("budget", "N"), [(0, 3), (1, 1), (4 * V, 0), (4 * V * 3, 7), (1 << 40, 7)])

@@ -67,7 +67,7 @@ class Tally:
 def judged(hidden: Tensor, unembed: Unembedding, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of -log q(label), and the rank [N] of each label as argmax would choose: of equal logits the first wins.
 
-    hidden [N, H], labels [N] int64
+    hidden [N, H], labels [N] int64. Among logits that are not numbers a label comes last.
     """
     head = converted(unembed, product_dtype(hidden, unembed.weight))
     rank, loss = torch.empty_like(labels), torch.zeros((), device=hidden.device)
@@ -76,5 +76,5 @@ def judged(hidden: Tensor, unembed: Unembedding, labels: Tensor) -> tuple[Tensor
         logits, label = head.bounded(product(hidden[at], head)), labels[at, None]
         own = logits.gather(1, label)
         loss = loss + (logits.logsumexp(1, keepdim=True) - own).sum()
-        rank[at] = ((logits > own) | ((logits == own) & (place < label))).sum(1)
+        rank[at] = unembed.vocab - ((logits < own) | ((logits == own) & (place >= label))).sum(1)
     return loss, rank

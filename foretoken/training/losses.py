@@ -74,30 +74,6 @@ def divergence(
     )
 
 
-@torch.no_grad()
-def ranks(hidden: Tensor, unembed: Unembedding, labels: Tensor) -> Tensor:
-    """[N] int64: how many logits are larger than the label's; V where there is no label or the logits are NaN.
-
-    hidden [N, H], labels [N] int64.
-    """
-    V, rows = unembed.vocab, (labels != IGNORED).nonzero()[:, 0]
-    head = converted(unembed, product_dtype(hidden, unembed.weight))
-    found = torch.full_like(labels, V)
-    for at in chunks(len(rows), V):
-        logits = head.bounded(product(hidden[rows[at]], head))
-        found[rows[at]] = V - (logits <= logits.gather(1, labels[rows[at], None])).sum(1)
-    return found
-
-
-def hits(hidden: Tensor, unembed: Unembedding, labels: Tensor, ks: tuple[int, ...] = (1, 5)) -> Tensor:
-    """[len(ks)] int64: in how many labelled rows fewer than k logits are larger than the label's.
-
-    hidden [N, H], labels [N] int64. More than V candidates are V.
-    """
-    rank = ranks(hidden, unembed, labels)
-    return torch.stack([(rank < min(k, unembed.vocab)).sum() for k in ks])
-
-
 def of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of `logits` [R, V] with `labels` [R], and its gradient q - onehot(label) [R, V]."""
     picked = logits.gather(1, labels[:, None])
