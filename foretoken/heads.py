@@ -7,6 +7,7 @@ it. Which paths are worth a node is measured (Medusa, Cai et al. 2024, arXiv:240
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,23 +72,53 @@ def spread(plan: Plan, feed: Feed, logits: Tensor) -> Draft:
 
 def planted(paths: Paths, feed: Feed, logits: Tensor) -> Draft:
     """The draft whose nodes are `paths` of ranks; the same tree for every row."""
-    levels, ranks, parent = laid_out(paths)
-    device, B = logits.device, logits.shape[0]
-    values = [feed.values(logits[:, d : d + 1]) for d in range(max(levels))]
+    plot, B = layout(tuple(tuple(path) for path in paths), logits.device), logits.shape[0]
+    values = [feed.values(logits[:, d : d + 1]) for d in range(plot.height)]
     tokens = [feed.root[:, None]]
-    for level, value in enumerate(values, 1):
-        wanted = [r for r, at in zip(ranks, levels, strict=True) if at == level]
-        best = feed.rank(value, level)[:, 0].topk(min(max(wanted) + 1, value.shape[-1]), -1).indices  # [B, k]
-        tokens.append(best[:, torch.tensor(wanted, device=device).clamp(max=best.shape[1] - 1)])
-    above = torch.tensor([-1, *parent], device=device)
-    ancestors = closure(above[None]).expand(B, -1, -1)
+    for level, (value, ranks) in enumerate(zip(values, plot.ranks, strict=True), 1):
+        order = feed.rank(value, level)[:, 0]
+        best = order.topk(min(plot.widest[level - 1], order.shape[-1]), -1).indices  # [B, k]
+        tokens.append(best[:, ranks.clamp(max=best.shape[1] - 1)])
     q = None
     if feed.samples:
         laws = [feed.law(value)[:, 0] for value in values]
         laws.append(torch.zeros_like(laws[0]))
-        q = torch.stack([laws[level] for level in (0, *levels)], 1)
-    chained = len(paths) == max(levels)
-    return Draft(torch.cat(tokens, 1), above.expand(B, -1), ancestors, max(levels), chained, q)
+        q = torch.stack([laws[level] for level in (0, *plot.levels)], 1)
+    parent, ancestors = plot.parent.expand(B, -1), plot.ancestors.expand(B, -1, -1)
+    return Draft(torch.cat(tokens, 1), parent, ancestors, plot.height, len(paths) == plot.height, q)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tree of ranks as tensors, nodes numbered by depth, then path.
+
+    levels     depth of each node after the root
+    ranks      per depth, the ranks of its nodes
+    widest     per depth, the choices that its nodes need
+    parent     [N] int64
+    ancestors  [1, N, N] bool
+    """
+
+    levels: list[int]
+    ranks: list[Tensor]
+    widest: list[int]
+    parent: Tensor
+    ancestors: Tensor
+
+    @property
+    def height(self) -> int:
+        return len(self.ranks)
+
+
+@lru_cache(maxsize=64)
+def layout(paths: tuple[tuple[int, ...], ...], device: torch.device) -> Layout:
+    """The layout of a tree, made once for all steps."""
+    levels, ranks, parent = laid_out(paths)
+    by_depth = [[r for r, at in zip(ranks, levels, strict=True) if at == d] for d in range(1, max(levels) + 1)]
+    with torch.inference_mode(False):
+        above = torch.tensor([-1, *parent], device=device)
+        rows = [torch.tensor(row, device=device) for row in by_depth]
+        return Layout(levels, rows, [max(row) + 1 for row in by_depth], above, closure(above[None]))
 
 
 def laid_out(paths: Paths) -> tuple[list[int], list[int], list[int]]:
