@@ -1,22 +1,22 @@
-"""Layers of a drafter's own, run in the frame of the target: its rotary positions, masks and calling conventions.
+"""Layers of a drafter's own over hidden states, with caches of their own.
 
-The frame is a shallow copy of the target's decoder in which the blocks are replaced and the final norm is left out; it
-reads hidden states where the decoder reads embeddings. So any model family lends its layers, and none is copied.
+A `Branch` runs them in the frame of the target: its rotary positions, masks and calling conventions. The frame is a
+shallow copy of the target's decoder in which the blocks are replaced and the final norm is left out; it reads hidden
+states where the decoder reads embeddings. So any model family lends its layers, and none is copied.
 """
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from foretoken.cache import SlotCache
 from foretoken.errors import UserError
-from foretoken.target import Target
-
-NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-"""What transformers calls the norm between the last block and the output head."""
+from foretoken.target import Target, norm_of
 
 
 def blocks_of(target: Target) -> tuple[str, nn.ModuleList]:
@@ -28,30 +28,41 @@ def blocks_of(target: Target) -> tuple[str, nn.ModuleList]:
     raise UserError(f"{type(decoder).__name__} has no list of its {total} layers; use another model.")
 
 
-def norm_of(target: Target) -> tuple[str, nn.Module]:
-    """The decoder's final norm, and its name."""
-    for name, child in target.decoder.named_children():
-        if name in NORMS:
-            return name, child
-    raise UserError(f"{type(target.decoder).__name__} has no final norm called {', '.join(NORMS)}; use another model.")
+class Layers:
+    """A small decoder over hidden states. Holds no weights: they belong to the drafter."""
 
+    def __init__(self, target: Target, windows: list[int | None]) -> None:
+        """`windows`: per layer, full attention (None) or the length of its sliding window; all alike."""
+        self.target, self.windows = target, windows
 
-class Branch:
-    """`layers` as a small decoder over hidden states. Holds no weights: the layers belong to the drafter."""
+    def run(self, states: Tensor, mask: Tensor | None, position: Tensor, cache: Any) -> Tensor:
+        """[B, T, H] output of states [B, T, F] at `position` [B or 1, T].
 
-    def __init__(self, target: Target, layers: Sequence[nn.Module]) -> None:
-        self.target = target
-        self.windows = [target.windows[-1]] * len(layers)
-        self.frame = framed(target, layers)
+        mask   additive [B or 1, 1, T, slots]; None: causal among the T
+        cache  has `update(key, value, layer)`, which returns all keys and values to be attended; None: there is none
+        """
+        raise NotImplementedError
 
     def cache(self, batch: int, capacity: int, width: int = 1) -> SlotCache:
-        """An empty cache of the branch's own for rows of `capacity` tokens and drafts of `width` nodes."""
+        """An empty cache of the layers' own for rows of `capacity` tokens and drafts of `width` nodes."""
         return SlotCache(batch, capacity, self.windows, max(self.target.chunk, width), self.target.device)
 
     def __call__(self, states: Tensor) -> Tensor:
-        """[B, T, H] output, before the final norm, of states [B, T, H] read as a whole and causally."""
+        """[B, T, H] output of states [B, T, F] read as a whole and causally."""
         position = torch.arange(states.shape[1], device=states.device)[None]
-        return self._run(states, None, position, use_cache=False)
+        return self.run(states, None, position, None)
+
+    def unrolled(self, states: Tensor, memory: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
+        """([B, T, H] output, memory) of step 0, 1, ... over the same rows, as decoding takes it from each of them.
+
+        Row t attends to what the first step left at rows up to t and to what each later step left at row t, itself
+        included, at position t + step: the training-time test of EAGLE-3 (Li et al. 2025, arXiv:2503.01840, section
+        3.2). memory [B, T, M]: the keys and values of all steps so far, None before the first.
+        """
+        past, T = Past(memory, len(self.windows)), states.shape[1]
+        mask = unrolled_mask(T, step, self.windows[0], states.dtype, states.device) if step else None
+        position = torch.arange(step, step + T, device=states.device)[None]
+        return self.run(states, mask, position, past), past.memory()
 
     def extend(
         self,
@@ -63,22 +74,15 @@ class Branch:
         offset: int = 0,
         count: list[int] | None = None,
     ) -> Tensor:
-        """[B, n, H] output, before the final norm, at nodes `offset ..` of a tree; arguments as `Target.extend`'s."""
+        """[B, n, H] output at nodes `offset ..` of a tree; arguments as `Target.extend`'s."""
         masks = cache.plan(depth, ancestors, offset, states.dtype, count)
         position = cache.length[:, None] + depth
         if self.target.context is not None:
             position = position.clamp(max=self.target.context - 1)
-        mask = None if masks is None else next(iter(masks.values()))
-        return self._run(states, mask, position, use_cache=True, past_key_values=cache)
-
-    def _run(self, states: Tensor, mask: Any, position: Tensor, **cache: Any) -> Tensor:
-        if mask is not None and len(set(self.target.windows)) > 1:
-            mask = {self.target.config.layer_types[-1]: mask}
-        out = self.frame(inputs_embeds=states, attention_mask=mask, position_ids=position, **cache)
-        return out.last_hidden_state
+        return self.run(states, None if masks is None else next(iter(masks.values())), position, cache)
 
     def read(self, states: Tensor, count: list[int], cache: SlotCache) -> Tensor:
-        """Append the first `count[b]` of states [B, M, H] to row b, in chunks; the outputs [B, M, H]."""
+        """Append the first `count[b]` of states [B, M, F] to row b, in chunks; the outputs [B, M, H]."""
         outputs: list[Tensor] = []
         for start in range(0, states.shape[1], self.target.chunk):
             part = states[:, start : start + self.target.chunk]
@@ -88,6 +92,73 @@ class Branch:
             outputs.append(self.extend(part, depth, None, cache, count=taken if min(taken) < n else None))
             cache.commit(None, taken)
         return torch.cat(outputs, 1)
+
+
+class Past(Cache):
+    """Keys and values of the steps of `Layers.unrolled`, in one tensor, so that gradients pass through it."""
+
+    def __init__(self, memory: Tensor | None, layers: int) -> None:
+        super().__init__(layers=[])
+        self.held, self.depth = memory, layers
+        self.fresh: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """All steps' keys and values [B, heads, steps * T, D], this step's [B, heads, T, D] last."""
+        heads, sizes = key_states.shape[1], (key_states.shape[3], value_states.shape[3])
+        new = torch.cat([x.transpose(1, 2).flatten(2) for x in (key_states, value_states)], -1)
+        self.fresh.append(new)
+        if self.held is None:
+            return key_states, value_states
+        B, T = new.shape[:2]
+        steps = self.held.view(B, T, -1, self.depth, new.shape[2])[..., layer_idx, :]  # [B, T, steps, columns]
+        parts = steps.split([heads * size for size in sizes], -1)
+        keys, values = (
+            part.unflatten(-1, (heads, size)).permute(0, 3, 2, 1, 4).flatten(2, 3)
+            for part, size in zip(parts, sizes, strict=True)
+        )
+        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+    def memory(self) -> Tensor:
+        """[B, T, M] with this step's."""
+        return torch.cat([*([] if self.held is None else [self.held]), *self.fresh], -1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+@lru_cache(maxsize=32)
+def unrolled_mask(T: int, step: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 1, T, (step + 1) * T], additive: the first step's rows up to one's own, later steps' at one's own row."""
+    with torch.inference_mode(False):
+        row = torch.arange(T, device=device)
+        age = row[:, None] - row
+        seen = (age >= 0) if window is None else (age >= 0) & (age + step < window)
+        seen = torch.cat([seen, (age == 0).repeat(1, step)], 1)
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)[
+            None, None
+        ]
+
+
+class Branch(Layers):
+    """Blocks of the target's own kind, in its frame."""
+
+    def __init__(self, target: Target, layers: Sequence[nn.Module]) -> None:
+        super().__init__(target, [target.windows[-1]] * len(layers))
+        self.frame = framed(target, layers)
+
+    def run(self, states: Tensor, mask: Tensor | None, position: Tensor, cache: Any) -> Tensor:
+        """The output before the final norm."""
+        given: Any = mask
+        if mask is not None and len(set(self.target.windows)) > 1:
+            given = {self.target.config.layer_types[-1]: mask}
+        out = self.frame(
+            inputs_embeds=states,
+            attention_mask=given,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state
 
 
 def framed(target: Target, layers: Sequence[nn.Module]) -> nn.Module:
@@ -107,6 +178,20 @@ def framed(target: Target, layers: Sequence[nn.Module]) -> nn.Module:
             if "layer_idx" in vars(module):
                 vars(module)["layer_idx"] = number
     return frame
+
+
+def neutral(norm: nn.Module) -> nn.Module:
+    """A norm of the same kind that scales nothing: its weight is 1, or 0 where the kind adds 1 to it."""
+    made = copy.deepcopy(norm)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        weight = next(made.parameters(), None)
+        if weight is not None:
+            probe = torch.where(torch.arange(len(weight), device=weight.device) % 2 == 0, 1.0, -1.0)
+            if float(made(probe.to(weight.dtype)[None]).abs().mean()) > 1.5:
+                weight.fill_(0.0)
+    return made
 
 
 def last_layers(target: Target, count: int) -> nn.ModuleList:

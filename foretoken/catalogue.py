@@ -41,9 +41,11 @@ def summary(module: ModuleType) -> str:
 
 def settings(module: ModuleType) -> list[Setting]:
     """The fields of the module's `Config`, each with the line of its docstring that explains it."""
-    meanings = explained(inspect.getdoc(module.Config) or "")
+    kinds = [kind for kind in module.Config.__mro__ if dataclasses.is_dataclass(kind)]
+    meanings = {k: v for kind in reversed(kinds) for k, v in explained(inspect.getdoc(kind) or "").items()}
     found: list[Setting] = []
-    for field in dataclasses.fields(module.Config):
+    inherited = [field.name for kind in kinds[1:] for field in dataclasses.fields(kind)]
+    for field in sorted(dataclasses.fields(module.Config), key=lambda f: f.name in inherited):
         if field.default is not dataclasses.MISSING:
             default = repr(field.default)
         elif field.default_factory is not dataclasses.MISSING:

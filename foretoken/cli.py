@@ -349,7 +349,7 @@ def distill_data(
 def calibrate(
     model: Model,
     drafter: Annotated[
-        str, typer.Argument(metavar="NAME:PATH", help="Trained heads; the trees are stored beside them.")
+        str, typer.Argument(metavar="NAME:PATH", help="A drafter in a folder; the trees are stored there.")
     ],
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="One prompt per line, or .jsonl.", rich_help_panel=INPUT)
@@ -361,7 +361,18 @@ def calibrate(
     prompt_tokens: Annotated[
         int, typer.Option(metavar="N", min=2, help="Tokens of a piece.", rich_help_panel=INPUT)
     ] = 64,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Guesses of a tree.", rich_help_panel=METHOD)] = 63,
+    nodes: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Guesses of a tree; 0: as many as pay on this machine.", rich_help_panel=METHOD
+        ),
+    ] = 63,
+    depth: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Guesses on the longest path; 0: the drafter's own.", rich_help_panel=METHOD
+        ),
+    ] = 0,
     temperatures: Annotated[
         str, typer.Option(metavar="T,T,...", help="A tree for each.", rich_help_panel=SAMPLING)
     ] = "0,1",
@@ -370,7 +381,7 @@ def calibrate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Measure how often trained heads are right, and store the trees that suit them."""
+    """Measure how often a drafter's guesses are right, and store the trees that suit it."""
     from foretoken.training.calibrate import run
 
     run(
@@ -381,6 +392,7 @@ def calibrate(
         limit=limit,
         prompt_tokens=prompt_tokens,
         nodes=nodes,
+        depth=depth,
         temperatures=numbers("--temperatures", temperatures),
         max_new_tokens=max_new_tokens,
         seed=seed,

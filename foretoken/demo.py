@@ -36,6 +36,10 @@ DRAFTERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("medusa", {"path": str(ASSETS / "stdlib5M-medusa")}),
     ("mtp", {"path": str(MODEL), "width": 1}),
     ("mtp", {"path": str(MODEL)}),
+    ("deepseek_mtp", {"path": str(ASSETS / "stdlib5M-deepseek_mtp")}),
+    ("eagle", {"path": str(ASSETS / "stdlib5M-eagle1")}),
+    ("eagle", {"path": str(ASSETS / "stdlib5M-eagle3")}),
+    ("hybrid", {"path": f"eagle:{ASSETS / 'stdlib5M-eagle3'}"}),
 )
 
 
@@ -76,13 +80,19 @@ def measure(
     if not plain:
         plain.extend(outputs)
     tokens, forwards = sum(len(o.token_ids) for o in outputs), sum(o.forwards for o in outputs)
-    shown = "".join(f", {k} {v}" for k, v in settings.items() if k != "path")
-    return Run(name + shown, forwards, (tokens - len(outputs)) / forwards, seconds, same)
+    return Run(title(name, settings), forwards, (tokens - len(outputs)) / forwards, seconds, same)
 
 
-def table(title: str, runs: list[Run]) -> Table:
+def title(name: str, settings: dict[str, Any]) -> str:
+    """The method, the last word of its weights' folder where that says more, and its other settings."""
+    kind = Path(str(settings.get("path", ""))).name.rpartition("-")[2]
+    shown = kind if name in kind else f"{name} of {kind}" if name == "hybrid" else name
+    return shown + "".join(f", {k} {v}" for k, v in settings.items() if k != "path")
+
+
+def table(heading: str, runs: list[Run]) -> Table:
     columns = ("drafter", "forwards", "tokens/forward", "seconds", "same as plain")
-    shown = Table(*columns, title=title, title_justify="left")
+    shown = Table(*columns, title=heading, title_justify="left")
     shown.columns[0].no_wrap = True
     for column in shown.columns[1:4]:
         column.justify = "right"

@@ -23,6 +23,10 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+READ_AS = {"mimo": "qwen2"}
+"""Model types that transformers has no class for (they come with code of their own, which we do not run), and the type
+that they compute like."""
+
 
 def load(
     path: str | Path,
@@ -70,7 +74,7 @@ def load(
         adopt(model)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # torch has no grouped product in float64
-    return Target(model.to(where), read_tokenizer(name))
+    return Target(model.to(where), read_tokenizer(name, config))
 
 
 def device_of(device: str | torch.device | None) -> torch.device:
@@ -92,6 +96,9 @@ def read_config(name: str) -> PreTrainedConfig:
             f"{name!r} is no model, since there is no such folder; give a transformers checkpoint or a hub name."
         )
     try:
+        given = PreTrainedConfig.get_config_dict(name)[0]
+        if (kind := READ_AS.get(given.get("model_type", ""))) is not None:
+            return AutoConfig.for_model(kind, **{k: v for k, v in given.items() if k not in ("model_type", "auto_map")})
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -100,10 +107,10 @@ def read_config(name: str) -> PreTrainedConfig:
         ) from error
 
 
-def read_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+def read_tokenizer(name: str, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights, or None: token ids can be decoded without one."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, config=config)
     except (OSError, ValueError, KeyError):
         return None
 

@@ -61,6 +61,11 @@ class Stage:
     ready: Callable[[Tensor], Tensor] | None = None
     then: Sequence["Stage"] = ()
 
+    def labels(self, batch: Batch) -> Tensor:
+        """[B, T] int64: the row of its output head that scores each label; `IGNORED` where none does."""
+        labels = batch.labels(self.offset)
+        return labels if self.unembed is None else self.unembed.rows_of(labels, IGNORED)
+
 
 def predictions(forest: Sequence[Stage]) -> list[Stage]:
     """Every stage of a forest that predicts, each before those that follow it."""

@@ -58,8 +58,8 @@ class Rejection:
     """Exact: recursive rejection sampling, children in order, without replacement.
 
     With one child per node this is speculative sampling (Leviathan et al. 2022, arXiv:2211.17192, algorithm 1); with
-    several, each rejection leaves p <- norm(max(p - q, 0)) and takes the token out of q. A draft without q counts as
-    certain: its token is accepted with probability p and taken out of p otherwise.
+    several, each rejection leaves p <- norm(max(p - q, 0)) and takes the token out of q. A certain guess, which was not
+    drawn, is accepted with probability p and otherwise taken out of p alone; all guesses of a draft without q are.
     """
 
     name: ClassVar[str] = "rejection"
@@ -69,19 +69,21 @@ class Rejection:
     def __call__(self, draft: Draft, scores: Scores) -> Accepted:
         p_all = scores.law()
         B, N, V = p_all.shape
-        q_all = widen(draft.q, V)
+        q_all, certain = widen(draft.q, V), draft.certain
         rows = torch.arange(B, device=p_all.device)
         u = uniforms(scores, N)
         at = torch.zeros(B, dtype=torch.int64, device=p_all.device)  # the last accepted node of each row
         p, q = p_all[:, 0], None if q_all is None else q_all[:, 0]
         for n in range(1, N):
             asked, token = draft.parent[:, n] == at, draft.tokens[:, n]
-            taken, p_left, q_left = test(p, q, token, u[:, n])
+            drawn = None if certain is None else ~certain[:, n, None]
+            taken, p_left, q_left = test(p, q if q is None or drawn is None else q * drawn, token, u[:, n])
             taken, turned = asked & taken, asked & ~taken
             at = torch.where(taken, n, at)
             p = torch.where(taken[:, None], p_all[:, n], torch.where(turned[:, None], p_left, p))
             if q is not None and q_all is not None and q_left is not None:
-                q = torch.where(taken[:, None], q_all[:, n], torch.where(turned[:, None], q_left, q))
+                spent = turned[:, None] if drawn is None else turned[:, None] & drawn
+                q = torch.where(taken[:, None], q_all[:, n], torch.where(spent, q_left, q))
         path, count = path_to(draft, at)
         return Accepted(path, count, draw(p, scores.noise, scores.position + count - 1)[rows, 0])
 
@@ -138,6 +140,11 @@ class Block:
     samples: ClassVar[bool] = True
 
     def __call__(self, draft: Draft, scores: Scores) -> Accepted:
+        if draft.certain is not None:
+            raise UserError(
+                "Block verification judges chains that are drawn or certain and got both in one draft; use the rule "
+                "'rejection'."
+            )
         p, length = scores.law(), chain_lengths(draft)
         B, N, V = p.shape
         q = widen(draft.q, V)

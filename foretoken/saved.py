@@ -70,7 +70,10 @@ def same_weights(ours: list[float], theirs: list[float]) -> bool:
 def save(folder: Path, saved: Saved, weights: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Write the description and the weights, in `dtype` if given."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().to(dtype or v.dtype).contiguous() for k, v in weights.state_dict().items()}
+    tensors = {
+        k: v.detach().cpu().to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous()
+        for k, v in weights.state_dict().items()
+    }
     draft = folder / f".{WEIGHTS}.part"
     save_file(tensors, draft, {"format": "pt"})
     draft.chmod(draft.stat().st_mode | 0o044)  # safetensors lets nobody else read
@@ -113,6 +116,25 @@ def require_target(saved: Saved, target: Target, folder: Path) -> None:
             f"The drafter in '{folder}' was trained on other weights than this target's; use it with "
             f"{trained['name']}, or set other_target=true (the output stays exact, fewer guesses survive)."
         )
+
+
+def trees_in(folder: Path, method: str, target: Target, *, required: bool) -> dict[str, list[list[int]]]:
+    """The trees calibrated for a drafter whose weights are not ours, such as a plain model; none if there are none.
+
+    Trees for another target are none, or a `UserError` if they are required.
+    """
+    if not (folder / DESCRIPTION).is_file() or (saved := read(folder)).method != method:
+        return {}
+    try:
+        require_target(saved, target, folder)
+    except UserError as error:
+        if not required:
+            return {}
+        raise UserError(
+            f"The trees in '{folder}' were calibrated for another target, {saved.target['name']}; run `foretoken "
+            "calibrate` for this one."
+        ) from error
+    return saved.trees
 
 
 def settle(architecture: type, saved: Saved, folder: Path) -> Any:

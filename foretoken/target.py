@@ -6,7 +6,8 @@ The seams: a `Cache` of our layers, 4-D masks (a dict of them where layers diffe
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +24,12 @@ from foretoken.unembed import Unembedding, unembedding_of
 
 CHUNK = 512
 """Prompt tokens read per forward."""
+
+UNNORMED = 1 << 20
+"""As a layer's number: the last layer's output before the final norm."""
+
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+"""What transformers calls the norm between the last block and the output head."""
 
 TREE_ATTENTION = ("sdpa", "eager", "foretoken")
 """transformers' attention implementations that take a mask [B, 1, n, slots]."""
@@ -136,7 +143,8 @@ class Target:
         ancestors  [B, n, offset + n] bool; None: a chain
         count      per row, how many of the n nodes to store (None: all)
         at         the columns whose logits are wanted (None: all)
-        features   layers whose outputs are wanted; 0 is the embedding, -1 the final hidden state
+        features   layers whose outputs are wanted; 0 is the embedding, -1 the final hidden state, `UNNORMED` (only as
+                   the first) the same before the final norm
         """
         masks = cache.plan(depth, ancestors, offset, self.dtype, count)
         position = cache.length[:, None] + depth
@@ -145,19 +153,37 @@ class Target:
         extra: dict[str, Any] = {}
         if at is not None and self._keeps_logits:
             extra["logits_to_keep"] = torch.tensor(at, device=tokens.device)
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=None if masks is None else self._by_layer_type(masks),
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=bool(features),
-            **extra,
-        )
+        with self.watched(features) as unnormed:
+            out = self.model(
+                input_ids=tokens,
+                attention_mask=None if masks is None else self._by_layer_type(masks),
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=bool(features),
+                **extra,
+            )
         if at is not None and not self._keeps_logits:
             out.logits = out.logits[:, at]
-        states = torch.cat([out.hidden_states[i] for i in features], -1) if features else None
-        return Read(out.logits, states)
+        found = [*unnormed, *(out.hidden_states[i] for i in features if i != UNNORMED)]
+        return Read(out.logits, torch.cat(found, -1) if features else None)
+
+    @contextmanager
+    def watched(self, features: Sequence[int]) -> Generator[list[Tensor]]:
+        """A list that gets what the final norm reads [B, n, H] while the decoder runs, if `UNNORMED` is asked for."""
+        seen: list[Tensor] = []
+        if UNNORMED not in features:
+            yield seen
+            return
+
+        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen.append(given[0])
+
+        hook = norm_of(self)[1].register_forward_pre_hook(keep)
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
     def _by_layer_type(self, masks: dict[int | None, Tensor]) -> Tensor | dict[str, Tensor]:
         """The mask [B, 1, n, slots] of all layers, or one per layer type where windows differ."""
@@ -215,6 +241,14 @@ class Target:
         part.model, part.config = cast(PreTrainedModel, truncated(self.model, total, layers)), self.config
         part.windows = self.windows[:layers]
         return part
+
+
+def norm_of(target: Target) -> tuple[str, nn.Module]:
+    """The decoder's final norm, and its name."""
+    for name, child in target.decoder.named_children():
+        if name in NORMS:
+            return name, child
+    raise UserError(f"{type(target.decoder).__name__} has no final norm called {', '.join(NORMS)}; use another model.")
 
 
 def truncated(module: nn.Module, total: int, kept: int) -> nn.Module:

@@ -5,7 +5,7 @@ topological order (`parent < node`), so node i of row b occupies slot `length[b]
 being judged. A node whose parent is -1 (the root apart) is fed to the target but never acceptable: a probe, or padding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Draft:
     chained    whether every node that can be accepted follows the one before it and the others are padding behind
                them, on the host: then masks are causal and nothing moves on commit
     q          [B, N, V'] float, the law that each node's children were drawn from (None: no law, any choice)
+    certain    [B, N] bool, nodes that follow from the text and were not drawn from their parent's q (None: none)
     """
 
     tokens: Tensor
@@ -30,6 +31,7 @@ class Draft:
     height: int
     chained: bool
     q: Tensor | None = None
+    certain: Tensor | None = None
 
     @property
     def depth(self) -> Tensor:
@@ -98,6 +100,50 @@ def stack(rows: list[tuple[list[int], list[int]]], device: torch.device) -> Draf
         return chain(tokens, torch.tensor(lengths, device=device))
     parent = torch.tensor([p + [-1] * (N - len(p)) for _, p in rows], device=device)
     return tree(tokens, parent)
+
+
+def merge(a: Draft, b: Draft) -> Draft:
+    """Every path of `a` and `b`, drafts of the same roots, once; nodes of `a` first, those never accepted left out.
+
+    If one of them carries a law, its nodes all stay, drawn, and the other's are certain, but for those that equal a
+    drawn one before them. Drawn nodes belong into `a`: behind a certain node its drawn twin is tried in vain.
+    """
+    assert a.q is None or b.q is None, "one node cannot have two laws"
+    width = (a.width, a.width, b.width, b.width)
+    host = torch.cat([a.tokens, a.parent, b.tokens, b.parent], 1).split(width, 1)
+    lists: list[list[list[int]]] = [part.tolist() for part in host]
+    rows = [union((ta, pa, a.q is not None), (tb, pb, b.q is not None)) for ta, pa, tb, pb in zip(*lists, strict=True)]
+    merged = stack([(tokens, parent) for tokens, parent, _ in rows], a.tokens.device)
+    q = a.q if b.q is None else b.q
+    if q is None:
+        return merged
+    source = [s + [-1] * (merged.width - len(s)) for _, _, s in rows]
+    source = torch.tensor(source, device=q.device)
+    none = torch.nn.functional.pad(q, (0, 0, 0, 1))  # a last node without law, for source -1
+    return replace(merged, q=none[torch.arange(len(q), device=q.device)[:, None], source], certain=source < 0)
+
+
+def union(*drafts: tuple[list[int], list[int], bool]) -> tuple[list[int], list[int], list[int]]:
+    """(tokens, parent, source) of the nodes of one row's drafts, each (tokens, parent, whether drawn), a path once.
+
+    source: the node's number in the draft that is drawn, -1 if it is not from there.
+    """
+    tokens, parent, source = drafts[0][0][:1], [-1], [0]
+    known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+    for guesses, above, drawn in drafts:
+        place = {0: 0}  # node of the draft -> node of the union
+        for n in range(1, len(guesses)):
+            if (up := place.get(above[n])) is None:
+                continue
+            node = known.get((up, guesses[n]))
+            if node is None or drawn:
+                node = len(tokens)
+                known.setdefault((up, guesses[n]), node)
+                tokens.append(guesses[n])
+                parent.append(up)
+                source.append(n if drawn else -1)
+            place[n] = node
+    return tokens, parent, source
 
 
 def longest(draft: Draft, fits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The output head as data, so that losses and drafters can apply it without keeping every logit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ class Unembedding:
     bias     [V], or None
     scale    multiplies the logits
     softcap  bounds them (None: unbounded)
+    tokens   [V] int64, the token that each row scores: a draft vocabulary (None: row v scores token v)
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    tokens: Tensor | None = None
 
     @property
     def vocab(self) -> int:
@@ -34,6 +36,27 @@ class Unembedding:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., V] logits of hidden states [..., H]."""
         return self.bounded(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+    def over(self, vocab: int, hidden: Tensor) -> Tensor:
+        """[..., vocab] logits of hidden states [..., H]; -inf for tokens that have no row."""
+        logits = self(hidden)
+        if self.tokens is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], vocab), -torch.inf).index_copy_(-1, self.tokens, logits)
+
+    def rows_of(self, labels: Tensor, otherwise: int) -> Tensor:
+        """The row that scores each of `labels` (int64, any shape; negative ones stay); `otherwise` if none does."""
+        if self.tokens is None:
+            return labels
+        size = max(int(self.tokens.max()), int(labels.max())) + 1
+        row = torch.full((size,), otherwise, device=labels.device)
+        row[self.tokens] = torch.arange(len(self.tokens), device=labels.device)
+        return torch.where(labels < 0, labels, row[labels.clamp(min=0)])
+
+    def limited(self, tokens: Tensor) -> "Unembedding":
+        """The rows of these tokens [V'] alone, in this order."""
+        bias = None if self.bias is None else self.bias[tokens]
+        return replace(self, weight=self.weight[tokens], bias=bias, tokens=tokens)
 
     def bounded(self, logits: Tensor) -> Tensor:
         """The plain products `logits` [..., V], scaled and bounded."""

@@ -7,15 +7,16 @@ same way.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foretoken.drafter import Feed
-from foretoken.grow import Shape, grow
+from foretoken.grow import Growth
 from foretoken.noise import Noise
+from foretoken.plan import Plan
 from foretoken.rules import Rule
 from foretoken.sampling import Sampler, Sampling, Scores
 from foretoken.tree import Draft, fresh, tree
@@ -125,6 +126,7 @@ class Guesses:
     def repeated(self, times: int) -> "Guesses":
         d = self.draft
         q = None if d.q is None else d.q.repeat(times, 1, 1)
+        certain = None if d.certain is None else d.certain.repeat(times, 1)
         draft = Draft(
             d.tokens.repeat(times, 1),
             d.parent.repeat(times, 1),
@@ -132,6 +134,7 @@ class Guesses:
             d.height,
             d.chained,
             q,
+            certain,
         )
         return Guesses(self.prefix.repeat(times), draft, self.weight.repeat(times), self.logits.repeat(times, 1, 1))
 
@@ -147,6 +150,7 @@ def guesses(
     drop: bool = False,
     law: bool = True,
     best: bool = False,
+    change: Callable[[Draft, Tensor], Draft] = lambda draft, prefix: draft,
 ) -> Guesses:
     """All drafts of `width` paths drawn at the root without replacement, each going on alone to `depth`.
 
@@ -154,6 +158,7 @@ def guesses(
     drop  and loses that level (a wrong thing)
     law   whether the drafts carry q
     best  instead of drawing, the likeliest tokens, in order (with a law: a wrong thing)
+    change  what becomes of the drafts behind their prefixes [R]
     """
     rows = [
         (int(prefix), *draft)
@@ -165,7 +170,7 @@ def guesses(
     prefix, weight = torch.tensor([r[0] for r in rows]), torch.tensor([r[3] for r in rows], dtype=torch.float64)
     draft = tree(tokens, parent)
     q = drafter.law(drafter.at_draft(prefix, draft)) if law else None
-    draft = Draft(tokens, parent, draft.ancestors, draft.height, draft.chained, q)
+    draft = change(Draft(tokens, parent, draft.ancestors, draft.height, draft.chained, q), prefix)
     return Guesses(prefix, draft, weight, target.logits(target.at_draft(prefix, draft)))
 
 
@@ -384,17 +389,18 @@ def toy_feed(sampler: Sampler, length: Tensor, samples: bool) -> Feed:
     )
 
 
-def grown(shape: Shape, drafter: ToyLM, feed: Feed, prefix: Tensor) -> Draft:
-    """The library's own `grow` over a toy drafter."""
-    seen: list[Tensor] = []
+def grown(plan: Plan, drafter: ToyLM, feed: Feed, prefix: Tensor) -> Draft:
+    """The library's own trees over a toy drafter."""
+    read = [1]
 
-    def extend(tokens: Tensor, depth: Tensor, ancestors: Tensor, offset: int) -> Tensor:
-        seen.append(tokens)
-        assert sum(t.shape[1] for t in seen) == offset + tokens.shape[1]
-        assert torch.equal(ancestors.sum(-1) - 1, depth)
-        return drafter.logits(drafter.nodes(prefix, torch.cat(seen, 1), ancestors))
+    def extend(growth: Growth) -> Tensor:
+        assert growth.first == sum(read)
+        read.append(growth.fresh.shape[1])
+        assert torch.equal(growth.seen.sum(-1) - 1, growth.depth)
+        assert bool((growth.above < growth.first).all())
+        return drafter.logits(drafter.nodes(prefix, growth.tokens[:, 1:], growth.seen[..., 1:]))
 
-    return grow(shape, feed, drafter.logits(prefix)[:, None], extend)
+    return plan.draft(feed, drafter.logits(prefix)[:, None], extend)
 
 
 def sampled(

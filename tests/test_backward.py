@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foretoken.drafters import configured, module_of
 from foretoken.objective import IGNORED, Batch, Stage, predictions
-from foretoken.target import Target
+from foretoken.target import UNNORMED, Target
 from foretoken.training import backward
 from foretoken.training.backward import backpropagate, leaf
 from foretoken.training.learner import NEXT, Learner
@@ -30,6 +30,11 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("blockwise", {"heads": 3}),
     ("weighted_heads", {"heads": 3, "states": "final"}),
     ("weighted_heads", {"heads": 3, "states": "weighted"}),
+    ("deepseek_mtp", {"modules": 2, "guesses": 3}),
+    ("deepseek_mtp", {"guesses": 3, "attention": "shared", "onward": "normed", "vocabulary": 50}),
+    ("deepseek_mtp", {"guesses": 2, "vocabulary": 30, "enters": "raw"}),
+    ("eagle", {"version": 1, "steps": 2}),
+    ("eagle", {"steps": 3, "vocabulary": 30, "norm_output": True, "norm_features": True}),
 ]
 EACH = pytest.mark.parametrize(
     ("method", "settings"), METHODS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
@@ -67,25 +72,37 @@ def labels(batch: Batch, offset: int) -> Tensor:
     return found
 
 
+def scored(batch: Batch, stage: Stage) -> Tensor:
+    """[B, T]: the row of the stage's output head that each label has, one at a time."""
+    found = labels(batch, stage.offset)
+    if stage.unembed is not None and stage.unembed.tokens is not None:
+        known = stage.unembed.tokens.tolist()
+        rows = [[known.index(t) if t in known else IGNORED for t in row] for row in found.tolist()]
+        return torch.tensor(rows)
+    return found
+
+
 def joint_loss(target: Target, drafter: Any, batch: Batch, total: dict[str, int], next_token: float = 1.0) -> Tensor:
     """Every prediction's logits at the same time, summed into one loss."""
-    out = target.decoder(input_ids=batch.tokens, output_hidden_states=True, use_cache=False)
-    features = torch.cat([out.hidden_states[i] for i in drafter.needs.features], -1)
+    layers = drafter.needs.features
+    with target.watched(layers) as unnormed:
+        out = target.decoder(input_ids=batch.tokens, output_hidden_states=True, use_cache=False)
+    features = torch.cat([*unnormed, *(out.hidden_states[i] for i in layers if i != UNNORMED)], -1)
 
     def of(forest: Sequence[Stage], given: Tensor) -> Iterator[Tensor]:
         for stage in forest:
             output = stage.run(given)
             if stage.unembed is not None:
                 logits = stage.unembed(stage.ready(output) if stage.ready else output)
-                yield loss(logits, stage.offset) * stage.weight / total[stage.name]
+                yield loss(logits, scored(batch, stage)) * stage.weight / total[stage.name]
             yield from of(stage.then, output)
 
-    def loss(logits: Tensor, offset: int) -> Tensor:
+    def loss(logits: Tensor, said: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels(batch, offset).flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.flatten(0, 1), said.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    own = loss(target.unembed(out.last_hidden_state), 1) * next_token / total[NEXT]
+    own = loss(target.unembed(out.last_hidden_state), labels(batch, 1)) * next_token / total[NEXT]
     return torch.stack([own, *of(drafter.stages(batch), features)]).sum()
 
 
@@ -115,7 +132,7 @@ def test_head_by_head_gradients_are_the_joint_losss(method: str, settings: dict[
     learner, batch = Learner(Trunk(target, "joint", Lora()), drafter, Loss(next_token=0.7)), ragged()
     total = learner.counts([batch])
     assert total == {NEXT: int((labels(batch, 1) != IGNORED).sum())} | {
-        s.name: int((labels(batch, s.offset) != IGNORED).sum()) for s in predictions(drafter.stages(batch))
+        s.name: int((scored(batch, s) != IGNORED).sum()) for s in predictions(drafter.stages(batch))
     }
     sums = learner.gradient(batch, total, True, nullcontext)
     ours = gradients(target, heads)

@@ -503,7 +503,7 @@ def test_training_commands_are_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     said = [json.loads(line)["completion"] for line in out.read_text().splitlines()]
     target = asset(STORIES, torch.float32)
     assert said == [o.text for o in foretoken.generate(target, [PROMPT, "The dog"], max_new_tokens=5)]
-    assert "names no trained heads" in refused("calibrate", STORIES, "medusa")
+    assert "names no drafter's folder" in refused("calibrate", STORIES, "medusa")
     assert "--temperatures is 'x'" in refused("calibrate", STORIES, "medusa:x", "--temperatures", "x")
 
 

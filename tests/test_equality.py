@@ -3,7 +3,7 @@
 The yardstick is `reference`: no cache, no batch, one forward of the whole prefix per token.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from transformers import LogitsProcessor
 
 import foretoken
+from foretoken.costs import Costs, Worth
 from foretoken.decode import Request, Row, Session
 from foretoken.drafters import METHODS, make_drafter, module_of
 from foretoken.generation import decode_all
 from foretoken.grow import Shape
-from foretoken.heads import Plan
+from foretoken.plan import Plan
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
 from foretoken.target import Target
@@ -32,6 +33,8 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "draft_model": ("draft_model", {"depth": 4}),
     "draft_tree": ("draft_model", {"depth": 3, "width": 3}),
     "draft_stop": ("draft_model", {"depth": 5, "width": 2, "stop": 0.2}),
+    "draft_hardware": ("draft_model", {"tree": "hardware", "depth": 3, "width": 3}),
+    "draft_paths": ("draft_model", {"paths": [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]]}),
     "jacobi": ("jacobi", {"length": 4}),
     "lookahead": ("lookahead", {"window": 4, "ngram": 3, "guesses": 3}),
     "early_exit": ("early_exit", {"layers": 1, "depth": 3}),
@@ -41,8 +44,15 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "blockwise": ("blockwise", {"heads": 4}),
     "medusa_tree": ("medusa", {"heads": 3, "paths": [[0], [1], [0, 0], [0, 1], [2], [0, 0, 0], [1, 0]]}),
     "weighted": ("weighted_heads", {"heads": 3, "width": 2}),
+    "deepseek": ("deepseek_mtp", {"modules": 3, "guesses": 3, "width": 2}),
+    "deepseek_shared": ("deepseek_mtp", {"attention": "shared", "vocabulary": 40, "tree": "dynamic", "nodes": 9}),
+    "eagle_1": ("eagle", {"version": 1, "depth": 4, "nodes": 12}),
+    "eagle_3": ("eagle", {"vocabulary": 50, "width": 1, "depth": 3}),
+    "eagle_paths": ("eagle", {"norm_output": True, "paths": [[0], [1], [0, 0], [1, 0], [0, 0, 0], [0, 0, 1]]}),
+    "hybrid_chain": ("hybrid", {"path": "draft_model", "copy": "prompt_lookup", "copies": 5}),
+    "hybrid_tree": ("hybrid", {"path": "mtp_tree"}),
 }
-TRAINED = ("mtp", "blockwise", "medusa", "weighted_heads")
+TRAINED = ("mtp", "blockwise", "medusa", "weighted_heads", "deepseek_mtp", "eagle")
 """Drafters with heads; here untrained ones with noise, which guess right now and then."""
 TEMPERATURES = (0.0, 0.7, 1.3)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -82,19 +92,36 @@ def drafter_for(key: str, target: Target, draft: Target) -> Any:
     name, settings = DRAFTERS[key]
     if name in TRAINED:
         return with_heads(name, dict(settings), target)
-    return make_drafter(name, target, settings | ({"path": draft} if name == "draft_model" else {}))
+    if name == "hybrid":
+        settings = settings | {"path": drafter_for(settings["path"], target, draft)}
+    if name == "draft_model":
+        return with_model(dict(settings), target, draft)
+    return make_drafter(name, target, settings)
+
+
+def with_model(settings: dict[str, Any], target: Target, draft: Target) -> Any:
+    """A draft model; what pays is decided by made-up times."""
+    paths = settings.pop("paths", ())
+    drafter: Any = make_drafter("draft_model", target, settings | {"path": draft})
+    if paths:
+        drafter.plan = Plan(Shape(3), {0.0: paths})
+    if drafter.plan.worth:
+        drafter.plan = replace(drafter.plan, worth=lambda feed: Worth(Costs((1, 64), (1.0, 5.0), 0.1)))
+    return drafter
 
 
 def with_heads(name: str, settings: dict[str, Any], target: Target) -> Any:
-    """The drafter with heads of these settings; a family that can lend no layer gets linear ones."""
-    module, paths, width = module_of(name), settings.pop("paths", ()), settings.pop("width", 1)
-    if name == "mtp" and target.config.model_type in ("gpt2", "gpt_bigcode", "opt"):
-        settings["kind"] = "linear"
+    """The drafter with heads of these settings; a family that can lend no layer gets others."""
+    if target.config.model_type in ("gpt2", "gpt_bigcode", "opt"):
+        settings |= {"kind": "linear"} if name == "mtp" else {}
+        name, settings = ("eagle", {"width": 2}) if name == "deepseek_mtp" else (name, settings)
+    module, paths = module_of(name), settings.pop("paths", ())
+    shape = {field.name for field in fields(module.Architecture)}
     torch.manual_seed(7)
-    heads = module.fresh(target, module.Architecture(**settings))
+    heads = module.fresh(target, module.Architecture(**{k: v for k, v in settings.items() if k in shape}))
     for parameter in heads.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
-    drafter = module.build(target, module.Config(path=heads, width=width))
+    drafter = module.build(target, module.Config(path=heads, **{k: v for k, v in settings.items() if k not in shape}))
     if paths:
         drafter.plan = Plan(Shape(3), {0.0: paths})
     return drafter

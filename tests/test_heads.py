@@ -8,17 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foretoken.branch import Branch, last_layers, norm_of
+from foretoken.branch import Branch, last_layers
 from foretoken.decode import Request, Session
 from foretoken.drafters import make_drafter, module_of
 from foretoken.drafters.blockwise import Blockwise
 from foretoken.errors import UserError
 from foretoken.generation import decode_all
 from foretoken.grow import Shape
-from foretoken.heads import Config, Plan, best_paths, expected, laid_out, planned, planted, spread
+from foretoken.heads import Config, known
 from foretoken.objective import Batch, Stage, predictions
+from foretoken.paths import best_paths, expected, layout, planted
+from foretoken.plan import Plan, planned
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
+from foretoken.target import norm_of
 from foretoken.tree import closure
 from tests.families import SUPPORTED, make
 
@@ -100,7 +103,7 @@ class Watched:
         for text, row, count in zip(feed.texts, logits, feed.count, strict=True):
             if count:  # a finished row commits nothing
                 self.seen.append((list(text), row))
-        return spread(self.drafter.plan, feed, logits)
+        return self.drafter.plan.draft(feed, *known(logits))
 
 
 @pytest.mark.parametrize("key", HEADS)
@@ -190,17 +193,18 @@ def test_a_branch_computes_what_the_last_layer_does(name: str):
 def test_medusas_tree_of_63_paths():
     """The buffers of methods 11.4 for mc_sim_7b_63: 64 rows, 42 leaves, depths that sum to 143."""
     assert len(MEDUSA_PATHS) == 63
-    levels, ranks, parent = laid_out(MEDUSA_PATHS)
-    assert [levels.count(d) for d in (1, 2, 3, 4)] == [10, 28, 23, 2]
-    ancestors = closure(torch.tensor([[-1, *parent]]))[0]
-    assert (ancestors.sum(-1) == torch.tensor([0, *levels]) + 1).all()
-    assert sum(levels) == 143
+    plot = layout(tuple(MEDUSA_PATHS), torch.device("cpu"))
+    assert [len(level.ranks) for level in plot.levels] == [10, 28, 23, 2]
+    ranks, parent = torch.cat([level.ranks for level in plot.levels]).tolist(), plot.parent.tolist()
+    assert torch.equal(plot.ancestors, closure(plot.parent[None]))
+    assert int((plot.ancestors.sum(-1) - 1).sum()) == 143
     assert len(set(range(64)) - set(parent)) == 42
+    assert sorted(set(parent) - {-1}) == plot.inner.tolist()
     assert sorted(path_of(n, ranks, parent) for n in range(1, 64)) == sorted(MEDUSA_PATHS)
 
 
 def path_of(node: int, ranks: list[int], parent: list[int]) -> tuple[int, ...]:
-    return () if node == 0 else (*path_of(parent[node - 1], ranks, parent), ranks[node - 1])
+    return () if node == 0 else (*path_of(parent[node], ranks, parent), ranks[node - 1])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -213,7 +217,7 @@ def test_planted_trees_follow_their_paths(temperature: float):
     feed = session.feed()
     logits = torch.randn(2, 3, target.vocab, dtype=torch.float64)
     paths = [(0,), (1,), (0, 2), (1, 0), (1, 0, 1)]
-    draft = planted(paths, feed, logits)
+    draft = planted(paths, feed, *known(logits))
     values = [feed.values(logits[:, d : d + 1]) for d in range(3)]
     order = [feed.rank(v, d)[:, 0].argsort(descending=True) for d, v in enumerate(values, 1)]
     for row in range(2):
@@ -269,19 +273,25 @@ def test_heads_have_the_published_sizes():
 
 def test_a_tree_without_a_parent_is_an_error():
     with pytest.raises(UserError, match=r"\[1, 0\] without its parent"):
-        laid_out([[0], [1, 0]])
+        layout(((0,), (1, 0)), torch.device("cpu"))
 
 
 def test_plans():
     """Calibrated trees are the default, depth and nodes cut them, the nearest temperature picks; width overrules."""
     trees = {"0": [[0], [0, 0], [1], [0, 0, 0]], "1": [[0], [1]]}
-    assert planned(Config(), {}, 3) == Plan(Shape(3))
-    assert planned(Config(width=2), trees, 3) == Plan(Shape(3, 2))
-    assert planned(Config(depth=9), {}, 3) == Plan(Shape(3))
-    plan = planned(Config(depth=2), trees, 3)
+    assert planned(Config(), 3) == Plan(Shape(3))
+    assert planned(Config(width=2), 3, trees) == Plan(Shape(3, 2))
+    assert planned(Config(depth=9), 3) == Plan(Shape(3))
+    assert planned(Config(), 3, usual="dynamic") == planned(Config(tree="dynamic"), 3) == Plan(Shape(3, 8, 16))
+    drawn = planned(Config(), 3, trees, usual="dynamic")  # by value, but for drawn guesses
+    assert drawn == Plan(Shape(3, 8, 16), {0.0: trees["0"], 1.0: trees["1"]})
+    assert planned(Config(tree="beam"), 3, trees) == Plan(Shape(3, 4))
+    with pytest.raises(UserError, match="none is calibrated; run `foretoken calibrate`"):
+        planned(Config(tree="static"), 3)
+    plan = planned(Config(depth=2), 3, trees)
     assert [plan.paths(t) for t in (0, 0.4, 0.6, 1.5)] == [trees["0"][:3]] * 2 + [trees["1"]] * 2
     assert plan.nodes == 4
-    assert planned(Config(nodes=1), trees, 3).paths(0) == [[0]]
+    assert planned(Config(nodes=1), 3, trees).paths(0) == [[0]]
 
 
 @pytest.mark.parametrize(("heads", "tokens", "calls"), [(4, 100, 26), (2, 100, 51), (5, 200, 41)])

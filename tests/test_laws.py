@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -10,11 +10,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foretoken import rules
+from foretoken.costs import Costs, Worth
 from foretoken.decode import Request, Session
 from foretoken.drafters import make_drafter
+from foretoken.errors import UserError
 from foretoken.grow import Shape
-from foretoken.heads import Plan, spread
+from foretoken.heads import known
 from foretoken.noise import ACCEPT, DRAFT, RESIDUAL, TARGET, Noise
+from foretoken.plan import Plan
 from foretoken.rules import (
     RULES,
     Block,
@@ -27,7 +30,7 @@ from foretoken.rules import (
 )
 from foretoken.sampling import Sampler, Sampling
 from foretoken.target import Target
-from foretoken.tree import Draft, tree
+from foretoken.tree import Draft, merge, stack, tree
 from tests.laws import (
     ALARM,
     HIGH,
@@ -50,6 +53,7 @@ from tests.laws import (
 )
 
 COUNT = 50_000
+CPU = torch.device("cpu")
 CAUGHT = 1e-12  # a wrong sampler's p-value is below this; a right one's is above ALARM
 
 
@@ -61,7 +65,7 @@ def pair(vocab: int = 3, seed: int = 0) -> tuple[ToyLM, ToyLM]:
 
 
 def growing(drafter: ToyLM, depth: int, width: int = 1, stop: float = 0.0):
-    return lambda feed, prefix: grown(Shape(depth, width, stop), drafter, feed, prefix)
+    return lambda feed, prefix: grown(Plan(Shape(depth, width, 0, stop)), drafter, feed, prefix)
 
 
 # ---------------------------------------------------------------------------------------------------- exact, enumerated
@@ -158,6 +162,144 @@ def test_second_and_third_candidates_are_judged_by_what_is_left_of_both_laws():
             q = [b / sum(q) for b in q]
 
 
+# ------------------------------------------------------------------------------------ copied guesses beside drawn ones
+
+
+def copied(vocab: int, prefix: Tensor) -> Draft:
+    """Guesses that follow from the prefix [B] alone: up to two paths of two and one of one."""
+
+    def row(code: int) -> tuple[list[int], list[int]]:
+        tokens = [0, *((code + i) % vocab for i in (0, 1, 1, code, 2))]
+        return tokens[: 2 + code % 5], [-1, 0, 0, 1, 2, 0][: 2 + code % 5]
+
+    return stack([row(code) for code in prefix.tolist()], CPU)
+
+
+def drawn_first(vocab: int):
+    return lambda draft, prefix: merge(draft, copied(vocab, prefix))
+
+
+def copied_first(vocab: int):
+    return lambda draft, prefix: merge(copied(vocab, prefix), draft)
+
+
+def alternating(vocab: int, mixed=copied_first):
+    """Copied guesses between drawn ones, twins included: a copied one may be left out behind its drawn one only."""
+
+    def change(draft: Draft, prefix: Tensor) -> Draft:
+        made = mixed(vocab)(draft, prefix)
+        order = torch.stack([interleaved(p, c) for p, c in zip(made.parent, made.certain, strict=True)])
+        place = order.argsort(1)
+        parent = made.parent.gather(1, order)
+        parent = torch.where(parent < 0, parent, place.gather(1, parent.clamp(min=0)))
+        q = made.q.gather(1, order[..., None].expand_as(made.q))
+        return replace(tree(made.tokens.gather(1, order), parent, q), certain=made.certain.gather(1, order))
+
+    return change
+
+
+def interleaved(above: Tensor, sure: Tensor) -> Tensor:
+    """[N]: an order of the nodes, parents [N] first, that takes drawn and certain [N] ones in turn if it can."""
+    parent, certain = above.tolist(), sure.tolist()
+    order, left = [0], list(range(1, len(parent)))
+    while left:
+        ready = [n for n in left if parent[n] < 0 or parent[n] in order]
+        order.append(next((n for n in ready if certain[n] != certain[order[-1]]), ready[0]))
+        left.remove(order[-1])
+    return torch.tensor(order)
+
+
+MIXED = [drawn_first, copied_first, alternating]
+HOWS = [{"depth": 1}, {"depth": 2}, {"depth": 2, "width": 2}, {"depth": 1, "width": 3}]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("mixed", MIXED)
+def test_copied_guesses_beside_drawn_ones_leave_the_targets_joint_law(mixed, how):
+    target, drafter = pair(3)
+    assert distance(output_law(Rejection(), target, drafter, 3, change=mixed(3), **how), target.joint(3)) < 1e-12
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+def test_copied_guesses_beside_drawn_ones_leave_laws_with_holes(mixed):
+    """The drafter's support of 2 is exhausted by 3 guesses, and copied tokens may have no mass at all."""
+    target, drafter = (table(top(lm.table, 2)) for lm in pair(4, 5))
+    law = output_law(Rejection(), target, drafter, 3, depth=1, width=3, change=mixed(4))
+    assert distance(law, target.joint(3)) < 1e-12
+    assert float(law[target.joint(3) == 0].sum()) == 0
+
+
+def test_drawn_guesses_first_accept_no_less_than_copied_ones_first():
+    """A copied token is accepted with all its probability in either order, drawn ones with more if they come first."""
+    over_last, over_alone = [], []
+    for seed in range(3):
+        target, drafter = pair(4, seed)
+        for how in HOWS:
+            first, last, alone = (
+                expected_count(Rejection(), guesses(target, drafter, target.prefixes(0), change=change, **how))
+                for change in (drawn_first(4), copied_first(4), lambda draft, prefix: draft)
+            )
+            over_last.append(first - last)
+            over_alone.append(first - alone)
+    assert min(over_last + over_alone) >= -1e-12
+    assert sum(over_last) > 0.03 * len(over_last)
+    assert sum(over_alone) > 0.03 * len(over_alone)
+
+
+def test_a_drawn_guess_behind_a_rejected_copied_one_is_judged_by_what_is_left_of_p_and_all_of_q():
+    target, drafter = pair(4)
+    given = guesses(target, drafter, target.prefixes(0), depth=1, change=copied_first(4))
+    u = torch.full((len(given.weight), 3), HIGH, dtype=torch.float64)
+    found = torch.stack([threshold(Rejection(), given, u, n) for n in (1, 2)], 1)
+    p, q = target.law(torch.tensor(0)), drafter.law(torch.tensor(0))
+    for r, (copy, drawn) in enumerate(given.draft.tokens[:, 1:].tolist()):
+        assert float(found[r, 0]) == pytest.approx(float(p[copy]), abs=1e-14)
+        left = 0.0 if drawn == copy else float(p[drawn] / (1 - p[copy]))
+        assert float(found[r, 1]) == pytest.approx(min(1.0, left / float(q[drawn])), abs=1e-14)
+
+
+def as_if_drawn(draft: Draft) -> Draft:
+    """Copied guesses are judged by the law that they were not drawn from."""
+    return replace(draft, certain=None)
+
+
+def without_twins(draft: Draft) -> Draft:
+    """A drawn guess that a copied one before it equals is left out."""
+    parent = draft.parent.clone()
+    for b in range(len(parent)):
+        seen = set()
+        for n in range(1, draft.width):
+            key = (int(draft.parent[b, n]), int(draft.tokens[b, n]))
+            parent[b, n] = -1 if key in seen else parent[b, n]
+            seen.add(key)
+    return replace(tree(draft.tokens, parent, draft.q), certain=draft.certain)
+
+
+@pytest.mark.parametrize(
+    ("mixed", "wrong"),
+    [
+        (drawn_first, as_if_drawn),
+        (copied_first, as_if_drawn),
+        (copied_first, without_twins),
+        (partial(alternating, mixed=drawn_first), lambda draft: draft),
+    ],
+    ids=["drawn first", "copied first", "without twins", "copied twins left out before their drawn ones"],
+)
+@pytest.mark.parametrize("how", [{"depth": 1, "width": 2}, {"depth": 2}], ids=str)
+def test_wrong_mixtures_are_caught_by_enumeration(mixed, wrong, how):
+    target, drafter = strangers()
+    change = mixed(3)
+    law = output_law(Rejection(), target, drafter, 3, change=lambda d, prefix: wrong(change(d, prefix)), **how)
+    assert distance(law, target.joint(3)) > 0.01
+
+
+def test_block_verification_refuses_copied_guesses_beside_drawn_ones():
+    target, drafter = pair(3)
+    given = guesses(target, drafter, target.prefixes(0), 2, change=drawn_first(3))
+    with pytest.raises(UserError, match="got both in one draft"):
+        given.judge(Block(), torch.rand(len(given.weight), given.draft.width), torch.zeros(len(given.weight), 3))
+
+
 # -------------------------------------------------------------------------------------------- expected tokens per round
 
 
@@ -217,16 +359,29 @@ def spreading(drafter: ToyLM, plan: Plan):
 
     def draft(feed, prefix) -> Draft:
         first = drafter.logits(prefix)
-        return spread(plan, feed, torch.stack([first, first.roll(1, -1)], 1))
+        return plan.draft(feed, *known(torch.stack([first, first.roll(1, -1)], 1)))
 
     return draft
 
 
+PAYING = Plan(Shape(3, 2, 63), worth=lambda feed: Worth(Costs((1, 64), (1.0, 9.0), 0.1)))
 RANKS = Plan(Shape(2), {1.0: [(0,), (1,), (0, 0), (1, 0), (0, 1), (2,)]})
+DYNAMIC = Plan(Shape(3, 2, 4))
+
+
+def planning(drafter: ToyLM, plan: Plan):
+    """Guesses that know those before them, in any tree."""
+    return lambda feed, prefix: grown(plan, drafter, feed, prefix)
 
 
 def without_law(draft_of):
     return lambda feed, prefix: replace(draft_of(feed, prefix), q=None)
+
+
+def mixing(mixed, vocab: int, draft_of):
+    """Guesses that are drawn, or seen with the target's noise, and copied ones."""
+    change = mixed(vocab)
+    return lambda feed, prefix: change(draft_of(feed, prefix), prefix)
 
 
 def scattered(vocab: int, nodes: int = 6, seed: int = 0):
@@ -248,6 +403,15 @@ SAMPLED = [
     ("match", "chain", 3, lambda d: growing(d, 2)),
     ("match", "tree", 3, lambda d: growing(d, 2, 3)),
     ("match", "random trees", 4, lambda d: scattered(4)),
+    ("match", "dynamic tree", 4, lambda d: planning(d, DYNAMIC)),
+    ("match", "dynamic tree of top tokens", 4, lambda d: planning(d, replace(DYNAMIC, candidates="top"))),
+    ("match", "grown tree of ranks", 4, lambda d: planning(d, RANKS)),
+    ("match", "tree that pays", 4, lambda d: planning(d, PAYING)),
+    ("rejection", "tree that pays, of top tokens", 4, lambda d: planning(d, replace(PAYING, candidates="top"))),
+    ("rejection", "tree that pays, drawn instead", 4, lambda d: planning(d, PAYING)),
+    ("rejection", "dynamic tree of top tokens", 4, lambda d: planning(d, replace(DYNAMIC, candidates="top"))),
+    ("rejection", "dynamic tree, drawn instead", 4, lambda d: planning(d, DYNAMIC)),
+    ("rejection", "grown tree of ranks", 4, lambda d: planning(d, RANKS)),
     ("rejection", "chain of 1", 4, lambda d: growing(d, 1)),
     ("rejection", "chain of 2", 4, lambda d: growing(d, 2)),
     ("rejection", "chain of 3", 5, lambda d: growing(d, 3)),
@@ -269,6 +433,10 @@ SAMPLED = [
     ("rejection", "heads' tree of ranks", 4, lambda d: spreading(d, RANKS)),
     ("rejection", "heads' tree without law", 4, lambda d: without_law(spreading(d, RANKS))),
     ("block", "heads' chain", 4, lambda d: spreading(d, Plan(Shape(2)))),
+    ("match", "hybrid of paths", 4, lambda d: mixing(drawn_first, 4, growing(d, 2, 2))),
+    ("rejection", "hybrid of paths that stop", 4, lambda d: mixing(drawn_first, 4, growing(d, 3, 2, 0.6))),
+    ("rejection", "hybrid of a tree of ranks", 4, lambda d: mixing(drawn_first, 4, spreading(d, RANKS))),
+    ("rejection", "hybrid, copied first", 4, lambda d: mixing(copied_first, 4, growing(d, 2, 2))),
 ]
 
 
@@ -339,7 +507,8 @@ def test_looking_at_the_noise_accepts_more_than_not_looking():
     target, drafter = pair(5, 9)
 
     def blind(feed, prefix):
-        return grown(Shape(2), drafter, replace(feed, sampler=Sampler([Sampling()], feed.sampler.noise, 5)), prefix)
+        unaware = Sampler([Sampling()], feed.sampler.noise, 5)
+        return grown(Plan(Shape(2)), drafter, replace(feed, sampler=unaware), prefix)
 
     seeing = sampled(Match(), target, growing(drafter, 2), 20_000).count.double().mean()
     assert seeing > sampled(Match(), target, blind, 20_000).count.double().mean() + 0.1
@@ -564,7 +733,7 @@ def choosing_best(drafter: ToyLM, depth: int):
 
     def draft(feed, prefix):
         unsampled = Sampler([Sampling()], feed.sampler.noise, drafter.vocab)
-        made = grown(Shape(depth), drafter, replace(feed, sampler=unsampled, samples=False), prefix)
+        made = grown(Plan(Shape(depth)), drafter, replace(feed, sampler=unsampled, samples=False), prefix)
         return replace(made, q=drafter.law(drafter.at_draft(prefix, made)))
 
     return draft
@@ -572,7 +741,7 @@ def choosing_best(drafter: ToyLM, depth: int):
 
 def dropping_the_trigger(drafter: ToyLM, depth: int, stop: float):
     def draft(feed, prefix):
-        made = grown(Shape(depth, 1, stop), drafter, feed, prefix)
+        made = grown(Plan(Shape(depth, 1, 0, stop)), drafter, feed, prefix)
         chance = made.q[:, :-1].gather(2, made.tokens[:, 1:, None]).squeeze(2)
         unlikely = torch.nn.functional.pad(chance < stop, (1, 0))
         return replace(made, parent=made.parent.masked_fill(unlikely, -1))

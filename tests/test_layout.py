@@ -29,11 +29,18 @@ CORE = [
     "loading",
     "text",
     "drafter",
+    "costs",
     "grow",
+    "paths",
+    "plan",
     "saved",
     "objective",
     "branch",
+    "block",
     "heads",
+    "feedback",
+    "native",
+    "published",
     "decode",
 ]
 """Each may import from those before it, and from nothing else of the package."""

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import foretoken
 from foretoken.drafters import make_drafter
@@ -24,6 +25,7 @@ from foretoken.training.loop import Run
 from foretoken.training.processes import Processes
 from foretoken.training.recipe import Lora, Loss, Recipe
 from foretoken.training.trunk import Trunk
+from foretoken.unembed import Unembedding
 from tests import tiny
 from tests.test_backward import METHODS, labels, made, ragged
 from tests.test_backward import difference as apart
@@ -36,6 +38,10 @@ COUNTS: list[tuple[str, dict[str, Any]]] = [
     ("blockwise", {"heads": 4}),
     ("weighted_heads", {"heads": 4, "states": "weighted"}),
     ("weighted_heads", {"heads": 3, "states": "final"}),
+    ("deepseek_mtp", {"modules": 2, "guesses": 2}),
+    ("deepseek_mtp", {"guesses": 3, "attention": "shared"}),
+    ("eagle", {"version": 1, "steps": 2}),
+    ("eagle", {"steps": 3, "vocabulary": tiny.NUMBERS}),
 ]
 
 
@@ -88,14 +94,14 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, bool]:
 
 @pytest.mark.parametrize(("method", "settings"), METHODS)
 def test_the_label_of_each_prediction_lies_its_offset_ahead(method: str, settings: dict[str, Any]):
-    """On x_t = t: head i of n sees t + i, Medusa's head k sees t + k + 1 (reference/methods.md, table 0.3)."""
+    """On x_t = t: head i of n sees t + i, guess k of the others t + k + 1 (reference/methods.md, table 0.3)."""
     tokens = torch.arange(20)[None].repeat(2, 1)
     batch = Batch(tokens, torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool))
     _, _, drafter = made(method, settings)
     stages = predictions(drafter.stages(batch))
-    beyond = {s.name: int(s.name.removeprefix("head ")) + (1 if method == "medusa" else 0) for s in stages}
-    expected = range(1, settings["heads"] + 1) if method == "medusa" else range(2, settings["heads"] + 1)
-    assert sorted(beyond) == [f"head {i}" for i in expected]
+    shift = int(method in ("medusa", "deepseek_mtp", "eagle"))
+    beyond = {s.name: int(s.name.split()[1]) + shift for s in stages}
+    assert sorted(beyond.values()) == list(range(2, 2 + promised(method, settings)))
     for stage in stages:
         found = batch.labels(stage.offset)
         ahead = beyond[stage.name]
@@ -103,11 +109,17 @@ def test_the_label_of_each_prediction_lies_its_offset_ahead(method: str, setting
         assert bool((found[:, 20 - ahead :] == IGNORED).all())
 
 
+def promised(method: str, settings: dict[str, Any]) -> int:
+    """How many tokens a drafter of this architecture guesses in training."""
+    found = settings.get("guesses") or settings.get("steps") or settings["heads"]
+    return found - (method in ("mtp", "blockwise", "weighted_heads"))
+
+
 def decoded(out: Path, method: str, target: Path) -> None:
     """A trained drafter guesses every token of every draft, and the output is the target's own."""
     loaded = foretoken.load(target, dtype="float64", device="cpu", attention="sdpa")
-    drafter = make_drafter(f"{method}:{out}", loaded)
-    depth = len(predictions(drafter.stages(ragged())))  # pyright: ignore[reportAttributeAccessIssue]
+    depth = len(predictions(make_drafter(f"{method}:{out}", loaded).stages(ragged())))  # pyright: ignore[reportAttributeAccessIssue]
+    drafter = make_drafter(f"{method}:{out}", loaded, {"depth": depth, "width": 1})
     prompts = [[2, 3, 4, 5], [12, 13, 14]]
     found = foretoken.generate(loaded, prompts, drafter=drafter, max_new_tokens=1 + 5 * (depth + 1))
     plain = foretoken.generate(loaded, prompts, drafter="none", max_new_tokens=1 + 5 * (depth + 1))
@@ -137,17 +149,28 @@ def test_a_drafter_trained_on_counting_guesses_its_offsets(
         optimizer__lr=1e-2,
     )
     out, found = tiny.trained(run)
-    assert found["tokens per forward"] > 0.9 * (settings["heads"] + (method == "medusa"))
+    assert found["tokens per forward"] > 0.9 * (1 + promised(method, settings))
     decoded(out, method, counter)
 
 
-@pytest.mark.parametrize("kind", ["parallel", "anticausal"])
-def test_target_and_heads_trained_together_from_scratch_count(kind: str, place: Path):
+@pytest.mark.parametrize(
+    ("method", "architecture", "layers"),
+    [
+        ("mtp", {"heads": 3, "kind": "parallel"}, 2),
+        ("mtp", {"heads": 3, "kind": "anticausal"}, 4),  # such heads are the target's own last layers
+        ("deepseek_mtp", {"modules": 2, "guesses": 2}, 2),
+        ("deepseek_mtp", {"guesses": 3, "attention": "shared", "vocabulary": 12}, 3),
+    ],
+)
+def test_target_and_heads_trained_together_from_scratch_count(
+    method: str, architecture: dict[str, Any], layers: int, place: Path
+):
     """As users start: bfloat16 products, saved in bfloat16, loaded by name alone."""
     settings = tiny.scratch(
         place,
-        out=place / f"scratch-{kind}",
-        architecture={"heads": 3, "kind": kind},
+        drafter=method,
+        out=place / "-".join(["scratch", method, *map(str, architecture.values())]),
+        architecture=architecture,
         model=tiny.LLAMA | {"num_hidden_layers": 4},
         move_layers=True,
         data__source=place / "counting.txt",
@@ -159,11 +182,12 @@ def test_target_and_heads_trained_together_from_scratch_count(kind: str, place: 
     out, _ = tiny.trained(settings)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
-    assert model.config.num_hidden_layers == (2 if kind == "parallel" else 4)  # anticausal heads are the target's own
+    assert model.config.num_hidden_layers == layers
     loaded = foretoken.load(out, device="cpu")
     assert loaded.tokenizer is not None
-    make_drafter(f"mtp:{out}", loaded)  # the fingerprint holds in bfloat16
-    decoded(out, "mtp", out)
+    make_drafter(f"{method}:{out}", loaded)  # the fingerprint holds in bfloat16
+    if "vocabulary" not in architecture:  # with one, some tokens cannot be guessed
+        decoded(out, method, out)
 
 
 # Denominators
@@ -273,6 +297,66 @@ def test_keeping_the_target_is_its_kl_to_what_it_was():
     (0.6 * reference / total[NEXT]).backward()
     assert float(value) == pytest.approx(reference.item(), rel=1e-10)
     assert apart(ours, {n: p.grad for n, p in target.model.named_parameters()}) < 1e-10
+
+
+def test_the_distance_to_the_targets_own_state_is_taken_where_that_state_stands():
+    """EAGLE's feature loss: smooth L1, a mean over the state, a sum over the rows that have a label."""
+    target, _, drafter = made("eagle", {"version": 1})
+    batch = ragged()
+    trunk = Trunk(target, "frozen", Lora())
+    near, plain = (Learner(trunk, drafter, Loss(near=weight)) for weight in (3.0, 0.0))
+    (stage,) = drafter.stages(batch)
+    shown = trunk(batch.tokens, near.layers, False)
+    with torch.no_grad():
+        hidden = stage.run(shown.features)
+        extra = near.value(stage, hidden, batch, shown) - plain.value(stage, hidden, batch, shown)
+    expected = 0.0
+    for b, t in (labels(batch, 2) != IGNORED).nonzero().tolist():
+        away = (hidden[b, t] - shown.final[b, t + 1]).abs()
+        expected += 3.0 * float(torch.where(away < 1, away**2 / 2, away - 0.5).mean())
+    assert float(extra) == pytest.approx(expected, rel=1e-9)
+
+
+def test_noise_moves_the_features_within_its_bound_and_never_in_measurements():
+    target, _, drafter = made("eagle", {"version": 1})
+    learner = Learner(Trunk(target, "frozen", Lora()), drafter, Loss(noise=0.1))
+    features = torch.zeros(4, 500)
+    moved = learner.noisy(features)
+    assert 0.09 < float(moved.abs().max()) <= 0.1
+    assert abs(float(moved.mean())) < 0.01
+    tallies = [learner.measure([ragged()], Tally(NEXT), nullcontext).vector() for _ in range(2)]
+    assert tallies[0] == tallies[1]
+    assert torch.equal(Learner(learner.trunk, drafter, Loss()).noisy(features), features)
+
+
+def test_a_draft_vocabulary_is_the_texts_most_frequent_tokens(place: Path):
+    """Chosen from the training text, saved with the weights, kept when the run goes on, whole after rounding."""
+    text = place / "some.txt"
+    text.write_text("\n".join(["3 1 4 1 5 9 2 6 5 3 5 1 1 5 3"] * 40))
+    settings: dict[str, Any] = {"drafter": "eagle", "architecture": {"vocabulary": 4}, "data__source": text, "steps": 2}
+    out, _ = tiny.trained(of(place, "vocabulary", save_dtype="bfloat16", **settings))
+    tokenizer = AutoTokenizer.from_pretrained(place / "target")
+    stored = heads(out)
+    chosen = tokenizer.convert_ids_to_tokens(stored["vocabulary"].tolist())
+    assert {"1", "5", "3"} < set(chosen)
+    assert stored["vocabulary"].dtype == torch.int64
+    assert stored["lm_head.weight"].dtype == torch.bfloat16
+    again, _ = tiny.trained(
+        of(place, "vocabulary again", resume_from=out, **settings | {"data__source": place / "walking.txt"})
+    )
+    assert torch.equal(heads(again)["vocabulary"], stored["vocabulary"])
+
+
+def test_tokens_outside_a_draft_vocabulary_count_as_wrong():
+    unembed = Unembedding(torch.eye(3), tokens=torch.tensor([2, 5, 6]))
+    batch = Batch(
+        torch.tensor([[0, 5, 6, 7]]), torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.bool)
+    )
+    stage = Stage("guess 1", 1, 1.0, lambda x: x, unembed)
+    tally = Tally(NEXT)
+    tally.see(stage, torch.tensor([[[0.0, 9, 0], [0, 0, 9], [9, 0, 0], [9, 0, 0]]]), batch)
+    found = tally.result([*tally.vector()[:-1], 0.0])
+    assert found["guess 1/top1"] == found["guess 1/top5"] == pytest.approx(2 / 3)
 
 
 def test_a_prediction_without_weight_is_not_learnt(place: Path):

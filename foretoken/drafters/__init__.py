@@ -25,6 +25,9 @@ METHODS = {
     "blockwise": "foretoken.drafters.blockwise",
     "medusa": "foretoken.drafters.medusa",
     "weighted_heads": "foretoken.drafters.weighted_heads",
+    "deepseek_mtp": "foretoken.drafters.deepseek_mtp",
+    "eagle": "foretoken.drafters.eagle",
+    "hybrid": "foretoken.drafters.hybrid",
 }
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from foretoken.drafter import Feed, Needs, Stateless
 from foretoken.errors import at_least
-from foretoken.heads import Config, Plan, last_states, opened, planned, spread
+from foretoken.grow import Extend
+from foretoken.heads import Config, known, last_states, opened
 from foretoken.objective import Batch, Stage
+from foretoken.plan import Plan, planned
 from foretoken.target import Target
 from foretoken.tree import Draft
 
@@ -87,10 +89,13 @@ class Blockwise:
         shared = self.heads.shared(last_states(feed, feed.features))
         return self.target.unembed(torch.cat([self.heads.output(shared, i) for i in range(self.count)], 1))
 
+    def begin(self, feed: Feed, state: Stateless) -> tuple[Tensor, Extend]:
+        return known(self.logits(feed, state))
+
     def propose(self, feed: Feed, state: Stateless) -> Draft:
-        return spread(self.plan, feed, self.logits(feed, state))
+        return self.plan.draft(feed, *self.begin(feed, state))
 
 
 def build(target: Target, config: Config) -> Blockwise:
     heads, trees = opened("blockwise", config, target, Architecture, fresh)
-    return Blockwise(target, heads, planned(config, trees, heads.architecture.heads - 1))
+    return Blockwise(target, heads, planned(config, heads.architecture.heads - 1, trees, target=target))

@@ -1,6 +1,7 @@
 """A smaller model with the same tokenizer drafts (Leviathan 2022, arXiv:2211.17192; Chen 2023, arXiv:2302.01318)."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,28 +9,27 @@ from torch import Tensor
 from foretoken.cache import SlotCache
 from foretoken.drafter import Feed, Needs
 from foretoken.errors import UserError, at_least
-from foretoken.grow import Shape, grow
+from foretoken.grow import Extend, Growth
 from foretoken.loading import load
+from foretoken.plan import Plan, Settings, planned
+from foretoken.saved import trees_in
 from foretoken.target import Target
 from foretoken.tree import Draft
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Config(Settings):
     """
     path   the draft model's folder or hub name (or a loaded `Target`)
     depth  guesses on the longest path
-    width  paths kept at each depth (1: a chain)
-    stop   stop behind a guess less likely than this under the draft model
     """
 
     path: "str | Target" = ""
     depth: int = 4
-    width: int = 1
-    stop: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least("draft_model", depth=(self.depth, 1), width=(self.width, 1), stop=(self.stop, 0.0))
+        Settings.__post_init__(self)
+        at_least("draft_model", depth=(self.depth, 1))
 
 
 @dataclass(slots=True)
@@ -44,28 +44,30 @@ class State:
 
 
 class DraftModel:
-    def __init__(self, model: Target, shape: Shape) -> None:
-        self.model, self.shape = model, shape
+    def __init__(self, model: Target, plan: Plan) -> None:
+        self.model, self.plan = model, plan
 
     @property
     def needs(self) -> Needs:
-        return Needs(width=self.shape.nodes)
+        return Needs(width=self.plan.slots)
 
     def start(self, batch: int, capacity: int) -> State:
-        return State(self.model.cache(batch, capacity, self.shape.nodes))
+        return State(self.model.cache(batch, capacity, self.plan.slots))
 
-    def propose(self, feed: Feed, state: State) -> Draft:
-        """Read what was committed and the root, grow, and forget all but what was committed."""
+    def begin(self, feed: Feed, state: State) -> tuple[Tensor, Extend]:
+        """Read what was committed and the root; the root stays node 0 of what is not committed."""
 
-        def extend(tokens: Tensor, depth: Tensor, ancestors: Tensor, offset: int) -> Tensor:
-            return self.model.extend(tokens, depth, ancestors, state.cache, offset=offset).logits
+        def extend(growth: Growth) -> Tensor:
+            return self.model.extend(growth.fresh, growth.depth, growth.seen, state.cache, offset=growth.first).logits
 
         place = torch.tensor(feed.count, device=feed.root.device)[:, None]
         tokens = torch.nn.functional.pad(feed.tokens, (0, 1)).scatter(1, place, feed.root[:, None])
         read = self.model.read(tokens, [n + 1 for n in feed.count], state.cache)
-        draft = grow(self.shape, feed, read.logits, extend)
         state.cache.rewind(1)
-        return draft
+        return read.logits, extend
+
+    def propose(self, feed: Feed, state: State) -> Draft:
+        return self.plan.draft(feed, *self.begin(feed, state))
 
 
 def build(target: Target, config: Config) -> DraftModel:
@@ -75,7 +77,10 @@ def build(target: Target, config: Config) -> DraftModel:
     if isinstance(model, str):
         model = load(model, dtype=target.dtype, device=target.device)
     check_tokenizers(target, model)
-    return DraftModel(model, Shape(config.depth, config.width, config.stop))
+    trees = {}
+    if isinstance(config.path, str):
+        trees = trees_in(Path(config.path), "draft_model", target, required=config.tree == "static")
+    return DraftModel(model, planned(config, config.depth, trees, target=target))
 
 
 def check_tokenizers(target: Target, model: Target) -> None:

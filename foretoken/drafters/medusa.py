@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from foretoken.drafter import Feed, Needs, Stateless
 from foretoken.errors import at_least, unknown
-from foretoken.heads import Config, Plan, last_states, opened, output_head, planned, spread
+from foretoken.grow import Extend
+from foretoken.heads import Config, known, last_states, opened, output_head
 from foretoken.objective import Batch, Stage
+from foretoken.plan import Plan, planned
 from foretoken.target import Target
 from foretoken.tree import Draft
 from foretoken.unembed import Unembedding
@@ -97,10 +99,13 @@ class Medusa:
         last = last_states(feed, feed.features)
         return torch.cat([self.unembed(k)(block(last)) for k, block in enumerate(self.heads.blocks)], 1)
 
+    def begin(self, feed: Feed, state: Stateless) -> tuple[Tensor, Extend]:
+        return known(self.logits(feed, state))
+
     def propose(self, feed: Feed, state: Stateless) -> Draft:
-        return spread(self.plan, feed, self.logits(feed, state))
+        return self.plan.draft(feed, *self.begin(feed, state))
 
 
 def build(target: Target, config: Config) -> Medusa:
     heads, trees = opened("medusa", config, target, Architecture, fresh)
-    return Medusa(target, heads, planned(config, trees, heads.architecture.heads))
+    return Medusa(target, heads, planned(config, heads.architecture.heads, trees, target=target))

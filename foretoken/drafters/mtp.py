@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from foretoken.branch import Branch, last_layers, norm_of
+from foretoken.branch import Branch, last_layers
 from foretoken.cache import SlotCache
 from foretoken.drafter import Feed, Needs
 from foretoken.errors import UserError, at_least, unknown
-from foretoken.heads import Config, Plan, last_states, opened, output_head, planned, spread
+from foretoken.grow import Extend
+from foretoken.heads import Config, known, last_states, opened, output_head
 from foretoken.objective import Batch, Stage
-from foretoken.target import Target
+from foretoken.plan import Plan, planned
+from foretoken.target import Target, norm_of
 from foretoken.tree import Draft
 from foretoken.unembed import Unembedding
 
@@ -152,10 +154,13 @@ class Mtp:
                 given = output if self.kind == "causal" else given
         return torch.cat([self.unembed(i)(h) for i, h in enumerate(hidden)], 1)
 
+    def begin(self, feed: Feed, state: State) -> tuple[Tensor, Extend]:
+        return known(self.logits(feed, state))
+
     def propose(self, feed: Feed, state: State) -> Draft:
-        return spread(self.plan, feed, self.logits(feed, state))
+        return self.plan.draft(feed, *self.begin(feed, state))
 
 
 def build(target: Target, config: Config) -> Mtp:
     heads, trees = opened("mtp", config, target, Architecture, fresh)
-    return Mtp(target, heads, planned(config, trees, heads.architecture.heads - 1))
+    return Mtp(target, heads, planned(config, heads.architecture.heads - 1, trees, target=target))

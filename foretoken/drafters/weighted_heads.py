@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from foretoken.drafter import Feed, Needs, Stateless
 from foretoken.errors import at_least, unknown
-from foretoken.heads import Config, Plan, last_states, opened, planned, spread
+from foretoken.grow import Extend
+from foretoken.heads import Config, known, last_states, opened
 from foretoken.objective import Batch, Stage
+from foretoken.plan import Plan, planned
 from foretoken.target import Target
 from foretoken.tree import Draft
 
@@ -101,10 +103,13 @@ class WeightedHeads:
         last = last_states(feed, feed.features)
         return self.target.unembed(torch.cat([head(last) for head in self.heads.heads], 1))
 
+    def begin(self, feed: Feed, state: Stateless) -> tuple[Tensor, Extend]:
+        return known(self.logits(feed, state))
+
     def propose(self, feed: Feed, state: Stateless) -> Draft:
-        return spread(self.plan, feed, self.logits(feed, state))
+        return self.plan.draft(feed, *self.begin(feed, state))
 
 
 def build(target: Target, config: Config) -> WeightedHeads:
     heads, trees = opened("weighted_heads", config, target, Architecture, fresh)
-    return WeightedHeads(target, heads, planned(config, trees, heads.architecture.heads - 1))
+    return WeightedHeads(target, heads, planned(config, heads.architecture.heads - 1, trees, target=target))

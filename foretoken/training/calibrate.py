@@ -1,14 +1,17 @@
-"""`foretoken calibrate`: how often each guess of trained heads is right, and the trees that follow from it.
+"""`foretoken calibrate`: how often each guess of a drafter is right, and the trees that follow from it.
 
-The accuracy of depth d at rank r is the share of steps in which the token d places behind the root was the head's r-th
-choice, ranked exactly as drafting ranks it: at temperature 1 under the target's own noise. The best tree for them is
-`heads.best_paths` (Medusa, Cai et al. 2024, arXiv:2401.10774, section 2.3.3).
+The accuracy of depth d at rank r is the share of steps in which the token d places behind the root was the drafter's
+r-th choice behind the right tokens of the depths before, ranked exactly as drafting ranks it: at temperature 1 under
+the target's own noise. The best tree for them is `paths.best_paths` (Medusa, Cai et al. 2024, arXiv:2401.10774, section
+2.3.3).
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,13 +20,16 @@ from rich.table import Table
 from torch import Tensor
 
 from foretoken import saved as store
-from foretoken.decode import Request
+from foretoken.costs import Costs, measure
+from foretoken.decode import Request, Session
 from foretoken.drafter import Feed, Needs
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.generation import decode_all
-from foretoken.heads import Ahead, best_paths, expected
+from foretoken.grow import Growth
 from foretoken.loading import load
+from foretoken.paths import best_paths, expected
+from foretoken.plan import Guesser, Plan
 from foretoken.prompts import batch
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
@@ -33,50 +39,82 @@ from foretoken.training.sources import documents
 from foretoken.tree import Draft, chain
 
 RANKS = 10
-"""Choices of each head that are looked at, as in the paper's code."""
+"""Choices of each depth that are looked at, as in the paper's code."""
+ROWS = 8
+"""Texts that are decoded together."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tree:
-    """accuracy [D, R]; the paths chosen for it, best first; what they yield if the depths are independent."""
+    """What was measured at one temperature.
+
+    accuracy            [D, R]
+    paths               chosen for it, best first
+    tokens_per_forward  that they yield, if how often a guess is right does not depend on which choices came before it
+    speed               tokens per second over plain decoding's, if the size was chosen by time
+    """
 
     accuracy: Tensor
     paths: list[list[int]]
     tokens_per_forward: float
+    speed: float | None = None
 
 
 class Probe:
-    """Decodes plainly and keeps what the heads would have guessed."""
+    """Decodes plainly what is known already, and counts which of the drafter's choices it was."""
 
-    def __init__(self, heads: Any) -> None:
-        self.heads: Ahead = heads
-        self.features = heads.needs.features
-        self.guesses: list[tuple[list[int], int, Tensor]] = []  # a row's text, its length, choices [D, R]
+    def __init__(self, drafter: Guesser) -> None:
+        self.drafter, self.depth = drafter, drafter.plan.shape.depth
+        self.texts: list[list[int]] = []  # prompt and output of each row, to their end
+        self.right = torch.zeros(self.depth, RANKS, dtype=torch.float64)
+        self.places = 0
+        self.first: list[float] = []  # seconds of the first depth's guesses
+        self.further: list[float] = []  # and of every other's
 
     @property
     def needs(self) -> Needs:
-        return Needs(1, self.features)
+        own = self.drafter.needs
+        return Needs(max(own.width, 1 + self.depth), own.features)
 
     def start(self, batch: int, capacity: int) -> Any:
-        return self.heads.start(batch, capacity)
+        return self.drafter.start(batch, capacity)
 
     def propose(self, feed: Feed, state: Any) -> Draft:
-        logits = self.heads.logits(feed, state)
-        values = feed.values(logits)
-        ranked = [feed.rank(values[:, d : d + 1], d + 1) for d in range(logits.shape[1])]
-        best = torch.cat(ranked, 1).topk(min(RANKS, values.shape[-1]), -1).indices.cpu()
-        self.guesses += [(text, len(text), guess) for text, guess in zip(feed.texts, best, strict=True)]
+        """Only the root; on the way, guesses are taken at each depth behind the tokens that will be emitted."""
+        clock = perf_counter()
+        logits, extend = self.drafter.begin(feed, state)
+        ahead = [text[len(seen) : len(seen) + self.depth] for text, seen in zip(self.texts, feed.texts, strict=True)]
+        if not (rows := [b for b, tokens in enumerate(ahead) if len(tokens) == self.depth]):
+            return chain(feed.root[:, None])
+        said = torch.tensor([t + [0] * (self.depth - len(t)) for t in ahead], device=feed.root.device)
+        whole = chain(torch.cat([feed.root[:, None], said], 1))
+        for d in range(1, self.depth + 1):
+            if d > 1:
+                ancestors = whole.ancestors[:, :d, :d]
+                logits = extend(Growth(whole.tokens[:, :d], whole.parent[:, :d], ancestors, d - 1, d - 1))
+            ranked = feed.rank(feed.values(logits), d)
+            best = ranked.topk(min(RANKS, ranked.shape[-1]), -1).indices[:, 0]  # [B, R]
+            hits = (best == said[:, d - 1, None])[rows].sum(0).cpu()
+            self.right[d - 1, : len(hits)] += hits
+            (self.further if d > 1 else self.first).append(perf_counter() - clock)
+            clock = perf_counter()
+        self.places += len(rows)
         return chain(feed.root[:, None])
+
+    def watch(self, target: Target, requests: Sequence[Request], texts: Sequence[list[int]]) -> None:
+        """Count over these requests, whose texts become `texts`."""
+        self.texts = list(texts)
+        session = Session(target, self, requests)
+        while session.running:
+            session.step()
 
     def accuracy(self) -> Tensor:
         """[D, R] over the steps whose next D tokens were emitted in the end."""
-        depths = len(self.guesses[0][2])
-        whole = [(text[at : at + depths], guess) for text, at, guess in self.guesses if at + depths <= len(text)]
-        if not whole:
-            raise UserError(f"No output is {depths + 1} tokens long, so nothing was measured; ask for more new tokens.")
-        said = torch.tensor([tokens for tokens, _ in whole])
-        chosen = torch.stack([guess for _, guess in whole])  # [n, D, R]
-        return (chosen == said[..., None]).double().mean(0)
+        if not self.places:
+            raise UserError(
+                f"No output is {self.depth + 1} tokens long, so nothing was measured; ask for more new tokens."
+            )
+        return self.right / self.places
 
 
 def accuracies(
@@ -88,14 +126,26 @@ def accuracies(
     max_new_tokens: int,
     seed: int,
 ) -> Tensor:
-    """[D, R]: how often the r-th choice of depth d is what the target emits there, over its own output."""
-    if not hasattr(drafter, "logits"):
-        raise UserError("Only heads that guess all depths from one state have such accuracies; use mtp, medusa, ...")
+    """[D, R]: how often the r-th choice of depth d, behind the right tokens, is what the target emits there."""
+    if not isinstance(getattr(drafter, "plan", None), Plan):
+        raise UserError(
+            "Only drafters that give the probability of every guess have such accuracies; use mtp, eagle, ..."
+        )
+    requests, texts = written(target, prompts, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     probe = Probe(drafter)
+    for start in range(0, len(requests), ROWS):
+        probe.watch(target, requests[start : start + ROWS], texts[start : start + ROWS])
+    return probe.accuracy()
+
+
+def written(
+    target: Target, prompts: Sequence[Sequence[int]], *, temperature: float, max_new_tokens: int, seed: int
+) -> tuple[list[Request], list[list[int]]]:
+    """Requests, and the texts that plain decoding makes of them."""
     sampling = Sampling(temperature=temperature, seed=seed)
     requests = [Request(tuple(p), sampling, i, max_new_tokens) for i, p in enumerate(prompts)]
-    decode_all(target, probe, requests, Match(), batch_size=8)
-    return probe.accuracy()
+    rows = decode_all(target, make_drafter("none", target), requests, Match(), batch_size=ROWS)
+    return requests, [row.text for row in rows]
 
 
 def calibrate(
@@ -104,21 +154,79 @@ def calibrate(
     prompts: Sequence[Sequence[int]],
     *,
     nodes: int = 63,
+    depth: int = 0,
     temperatures: Sequence[float] = (0.0, 1.0),
     max_new_tokens: int = 128,
     seed: int = 0,
 ) -> dict[str, Tree]:
-    """Measure the drafter NAME:PATH and store its best trees beside it, by temperature."""
-    path = Path(name.partition(":")[2])
-    saved = store.read(path)
-    drafter = make_drafter(name, target)
+    """Measure the drafter NAME:PATH and store its best trees beside it, by temperature.
+
+    nodes  guesses of a tree; 0: as many as pay on this machine, for one row
+    depth  guesses on the longest path (0: the drafter's own)
+    """
+    drafter: Any = make_drafter(name, target, {"tree": "chain"} | ({"depth": depth} if depth else {}))
+    saved = description(name, target)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
     trees: dict[str, Tree] = {}
     for temperature in temperatures:
-        found = accuracies(target, drafter, prompts, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-        paths = best_paths(found, nodes)
-        trees[f"{temperature:g}"] = Tree(found, paths, expected(found, paths))
-    store.describe(path, dataclasses.replace(saved, trees=saved.trees | {t: tree.paths for t, tree in trees.items()}))
+        found = accuracies(target, drafter, prompts, temperature=temperature, **options)
+        if nodes:
+            paths = best_paths(found, nodes)
+            speed = None
+        else:
+            timed = timings(target, drafter, prompts[:1], temperature=temperature, **options)
+            paths, speed = paying_paths(found, timed)
+        trees[f"{temperature:g}"] = Tree(found, paths, expected(found, paths), speed)
+    store.describe(
+        folder_of(name),
+        dataclasses.replace(saved, trees=saved.trees | {t: tree.paths for t, tree in trees.items()}),
+    )
     return trees
+
+
+def folder_of(name: str) -> Path:
+    """Where the drafter NAME:PATH lies, and its trees will."""
+    folder = Path(name.partition(":")[2])
+    if not folder.is_dir():
+        raise UserError(f"The trees are stored beside the drafter and '{folder}' is no folder; copy the drafter there.")
+    return folder
+
+
+def description(name: str, target: Target) -> store.Saved:
+    """What is stored of the drafter NAME:PATH; of a plain model, or one calibrated for another target, nothing yet."""
+    method, folder = name.partition(":")[0], folder_of(name)
+    new = store.Saved(method, {}, store.identity(target))
+    if not (folder / store.DESCRIPTION).is_file():
+        return new
+    saved = store.read(folder)
+    if saved.method != method:
+        raise UserError(
+            f"'{folder}' describes a {saved.method} drafter, which the trees of {method} would replace; copy the model "
+            "to a folder of its own and calibrate that."
+        )
+    return saved if saved.architecture or store.trees_in(folder, method, target, required=False) else new
+
+
+def timings(target: Target, drafter: Any, prompts: Sequence[Sequence[int]], **options: Any) -> Costs:
+    """Seconds of the target's forwards and of one level of the drafter's guesses, for one row."""
+    requests, texts = written(target, prompts, **options)
+    probe = Probe(drafter)
+    probe.watch(target, requests, texts)
+    probe.accuracy()  # something was measured
+    return dataclasses.replace(measure(target), once=median(probe.first), level=median(probe.further or [0.0]))
+
+
+def paying_paths(accuracy: Tensor, costs: Costs) -> tuple[list[list[int]], float]:
+    """The best tree of the size that yields most tokens per second, and how often it yields plain decoding's.
+
+    The best tree of n paths begins with that of n - 1, so every size is a prefix of one list.
+    """
+    paths = best_paths(accuracy, costs.most)
+    tokens = torch.tensor([expected(accuracy, paths[:n]) for n in range(len(paths) + 1)], dtype=torch.float64)
+    levels = torch.tensor([max((len(p) for p in paths[:n]), default=1) for n in range(len(paths) + 1)])
+    rates = costs.rates(tokens, levels)
+    n = int(rates[1:].argmax()) + 1
+    return paths[:n], float(rates[n] * costs.judging([1])[0])
 
 
 def run(
@@ -130,6 +238,7 @@ def run(
     limit: int,
     prompt_tokens: int,
     nodes: int,
+    depth: int,
     temperatures: Sequence[float],
     max_new_tokens: int,
     seed: int,
@@ -138,13 +247,20 @@ def run(
 ) -> None:
     """Calibrate on the prompts of a file, or on pieces of a source's training documents, and print what was found."""
     if not drafter.partition(":")[2]:
-        raise UserError(f"{drafter!r} names no trained heads; give NAME:PATH, such as medusa:runs/medusa.")
+        raise UserError(f"{drafter!r} names no drafter's folder; give NAME:PATH, such as medusa:runs/medusa.")
     texts = None if prompts is None else batch(prompts)
     target = load(model, dtype=dtype, device=device)
     asked: Iterable[Prompt] = texts or prompts_of(documents(source), target, length=prompt_tokens, cuts=4, seed=seed)
     ids = [ids_of(target, prompt) for prompt in islice(asked, limit)]
     trees = calibrate(
-        target, drafter, ids, nodes=nodes, temperatures=temperatures, max_new_tokens=max_new_tokens, seed=seed
+        target,
+        drafter,
+        ids,
+        nodes=nodes,
+        depth=depth,
+        temperatures=temperatures,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
     )
     console = Console(highlight=False)
     for temperature, tree in trees.items():
@@ -152,4 +268,7 @@ def run(
         for depth, row in enumerate(tree.accuracy.tolist(), 1):
             table.add_row(str(depth), *(f"{share:.3f}" for share in row[:4]))
         console.print(table)
-        console.print(f"{len(tree.paths)} nodes; {tree.tokens_per_forward:.2f} tokens per forward expected\n")
+        found = f"{len(tree.paths)} nodes; {tree.tokens_per_forward:.2f} tokens per forward expected"
+        if tree.speed is not None:
+            found += f", {tree.speed:.2f} times plain decoding's speed on this machine"
+        console.print(f"{found}\n")

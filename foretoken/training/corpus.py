@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from foretoken.errors import UserError
@@ -54,6 +55,16 @@ class Corpus:
         """The tokens of one document."""
         start, end = self._span(number)
         return [int(t) for t in self._data.tokens[start:end]]
+
+    def frequent(self, count: int) -> Tensor:
+        """[count] int64: the most frequent tokens, in the order of their numbers."""
+        found = np.zeros(0, dtype=np.int64)
+        for start in range(0, self.tokens, 1 << 24):
+            part = np.bincount(np.asarray(self._data.tokens[start : start + (1 << 24)]), minlength=len(found))
+            part[: len(found)] += found
+            found = part
+        found = np.pad(found, (0, max(0, count - len(found))))
+        return torch.from_numpy(np.sort(np.argsort(-found, kind="stable")[:count]).astype(np.int64))
 
     def windows(self, length: int, *, packed: bool = True) -> int:
         """Rows of one epoch: windows of `length` tokens, or documents if they are not packed."""

@@ -7,6 +7,9 @@ from foretoken.objective import IGNORED, Batch, Stage
 from foretoken.training.losses import chunks, converted, product, product_dtype
 from foretoken.unembed import Unembedding
 
+NOWHERE, LAST = -1, 1 << 30
+"""The label of a token that the output head does not score, and its rank."""
+
 
 class Tally:
     """Sums over labels: loss, and how often the label was first or among the first five; and of whole drafts.
@@ -25,7 +28,7 @@ class Tally:
     def see(self, stage: Stage, hidden: Tensor, batch: Batch) -> None:
         """Count what one prediction says, whose hidden states are [B, T, H]."""
         assert stage.unembed is not None
-        labels = batch.labels(stage.offset).flatten()
+        labels = stage.unembed.rows_of(batch.labels(stage.offset), NOWHERE).flatten()
         rows = (labels != IGNORED).nonzero()[:, 0]
         loss, rank = judged(hidden.flatten(0, 1)[rows], stage.unembed, labels[rows])
         found = torch.stack([loss.double(), (rank < 1).sum().double(), (rank < 5).sum().double()]).cpu()
@@ -67,14 +70,16 @@ class Tally:
 def judged(hidden: Tensor, unembed: Unembedding, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of -log q(label), and the rank [N] of each label as argmax would choose: of equal logits the first wins.
 
-    hidden [N, H], labels [N] int64. Among logits that are not numbers a label comes last.
+    hidden [N, H], labels [N] int64. Among logits that are not numbers a label comes last; one that is `NOWHERE` comes
+    last too, and costs nothing.
     """
     head = converted(unembed, product_dtype(hidden, unembed.weight))
     rank, loss = torch.empty_like(labels), torch.zeros((), device=hidden.device)
     place = torch.arange(unembed.vocab, device=hidden.device)
     for at in chunks(len(labels), unembed.vocab):
         logits, label = head.bounded(product(hidden[at], head)), labels[at, None]
-        own = logits.gather(1, label)
-        loss = loss + (logits.logsumexp(1, keepdim=True) - own).sum()
-        rank[at] = unembed.vocab - ((logits < own) | ((logits == own) & (place >= label))).sum(1)
+        own, scored = logits.gather(1, label.clamp(min=0)), label != NOWHERE
+        loss = loss + ((logits.logsumexp(1, keepdim=True) - own) * scored).sum()
+        better = unembed.vocab - ((logits < own) | ((logits == own) & (place >= label))).sum(1)
+        rank[at] = torch.where(scored[:, 0], better, LAST)
     return loss, rank

@@ -59,9 +59,9 @@ class Learner:
 
     def counts(self, batches: Sequence[Batch]) -> dict[str, int]:
         """Labels of each prediction in these batches."""
-        offsets = {stage.name: stage.offset for stage in predictions(self.forest(batches[0]))} | {NEXT: 1}
-        found = [torch.stack([(b.labels(o) != IGNORED).sum() for o in offsets.values()]) for b in batches]
-        return dict(zip(offsets, torch.stack(found).sum(0).tolist(), strict=True))
+        stages = [*predictions(self.forest(batches[0])), self.own()]
+        found = [torch.stack([(stage.labels(b) != IGNORED).sum() for stage in stages]) for b in batches]
+        return dict(zip([stage.name for stage in stages], torch.stack(found).sum(0).tolist(), strict=True))
 
     def gradient(
         self, batch: Batch, total: dict[str, int], trunk_learns: bool, autocast: Autocast, tally: Tally | None = None
@@ -78,7 +78,7 @@ class Learner:
         weights = self.weights(forest)
         with autocast():
             shown = self.trunk(batch.tokens, self.layers, learns)
-            features, final = leaf(shown.features, learns), leaf(shown.final, learns)
+            features, final = leaf(self.noisy(shown.features), learns), leaf(shown.final, learns)
 
             def loss(stage: Stage, hidden: Tensor) -> Tensor:
                 value = self.value(stage, hidden, batch, shown)
@@ -100,14 +100,30 @@ class Learner:
     def value(self, stage: Stage, hidden: Tensor, batch: Batch, shown: Shown) -> Tensor:
         """The sum of a prediction's losses, a scalar, over its labels."""
         assert stage.unembed is not None
-        labels, rows = batch.labels(stage.offset), hidden.flatten(0, 1)
-        if self.settings.kind == "cross_entropy" or stage.name == NEXT:
-            return cross_entropy(rows, stage.unembed, labels.flatten(), self.settings.implementation)
+        labels, rows = stage.labels(batch).flatten(), hidden.flatten(0, 1)
+        if stage.name == NEXT:
+            return cross_entropy(rows, stage.unembed, labels, self.settings.implementation)
         behind = stage.offset - 1  # the target's law of token i + offset stands at row i + offset - 1
-        teacher = torch.nn.functional.pad(shown.final.detach()[:, behind:], (0, 0, 0, behind))
-        keep = (labels != IGNORED).flatten()
-        kind = cast(Literal["kl", "tv"], self.settings.kind)
-        return divergence(rows, stage.unembed, teacher.flatten(0, 1), self.trunk.target.unembed, keep, kind)
+        teacher = torch.nn.functional.pad(shown.final.detach()[:, behind:], (0, 0, 0, behind)).flatten(0, 1)
+        keep = labels != IGNORED
+        if self.settings.kind == "cross_entropy":
+            value = cross_entropy(rows, stage.unembed, labels, self.settings.implementation)
+        else:
+            whole, tokens = self.trunk.target.unembed, stage.unembed.tokens
+            kind = cast(Literal["kl", "tv"], self.settings.kind)
+            value = divergence(
+                rows, stage.unembed, teacher, whole if tokens is None else whole.limited(tokens), keep, kind
+            )
+        if self.settings.near > 0:
+            away = torch.nn.functional.smooth_l1_loss(rows[keep], teacher[keep].to(rows.dtype), reduction="none")
+            value = value + self.settings.near * away.mean(-1).sum()
+        return value
+
+    def noisy(self, features: Tensor) -> Tensor:
+        """The features [B, T, F] with uniform noise, if there shall be some."""
+        if self.settings.noise == 0:
+            return features
+        return features + self.settings.noise * (2 * torch.rand_like(features) - 1)
 
     def keep(self, batch: Batch, final: Tensor, total: int) -> Tensor:
         """KL of the target to what it was before training, added to the gradient (Medusa's self-distillation)."""

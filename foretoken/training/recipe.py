@@ -65,6 +65,9 @@ class Loss:
     weights         of the predictions in order, instead of the method's own
     scale           multiplies all of them
     next_token      weight of the target's own next-token loss, where the target is trained
+    near            weight, beside 1, of the smooth-L1 distance of each prediction's hidden state to the target's own
+                    state of that token (EAGLE's feature loss)
+    noise           bound of uniform noise on the features that the drafter reads (EAGLE's is 0.1)
     keep_target     weight of KL(target before training || target), which holds a trained target to what it was
     implementation  of cross-entropy: auto, torch, chunked, liger, cut
     """
@@ -73,6 +76,8 @@ class Loss:
     weights: tuple[float, ...] = ()
     scale: float = 1.0
     next_token: float = 1.0
+    near: float = 0.0
+    noise: float = 0.0
     keep_target: float = 0.0
     implementation: str = "auto"
 
@@ -179,7 +184,9 @@ def check_numbers(r: Recipe) -> None:
     at_least("lora", rank=(r.lora.rank, 1), dropout=(r.lora.dropout, 0))
     nought = ("trunk_ratio", "weight_decay", "clip", "warmup", "floor", "heads_first")
     at_least("optimizer", **{name: (getattr(r.optimizer, name), 0) for name in nought})
-    at_least("loss", **{name: (getattr(r.loss, name), 0) for name in ("scale", "next_token", "keep_target")})
+    at_least(
+        "loss", **{name: (getattr(r.loss, name), 0) for name in ("scale", "next_token", "keep_target", "near", "noise")}
+    )
     if r.optimizer.lr <= 0:
         raise UserError(f"optimizer.lr is {r.optimizer.lr}, with which nothing is learnt; give a positive one.")
     if r.optimizer.heads_first >= r.steps:

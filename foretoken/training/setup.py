@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,6 +58,7 @@ def prepare(recipe: Recipe, processes: Processes) -> Setup:
             f"{recipe.target!r} has no tokenizer, so text cannot be read; put its tokenizer.json beside it."
         )
     check_vocabulary(target.tokenizer, target.vocab)
+    architecture: Any = None if heads is None else heads.architecture
     drafter = None if module is None else module.build(target, module.Config(path=heads))
     trunk = Trunk(target, recipe.mode, recipe.lora, remembers=recipe.loss.keep_target > 0)
     if not trunk.parameters and (heads is None or not any(True for _ in heads.parameters())):
@@ -66,7 +67,8 @@ def prepare(recipe: Recipe, processes: Processes) -> Setup:
             "learns; set mode=joint."
         )
     corpus, held_out = texts(recipe, target.tokenizer)
-    architecture = None if heads is None else heads.architecture
+    if architecture is not None and getattr(architecture, "vocabulary", 0) and not recipe.resume_from:
+        cast(Any, heads).choose(corpus.frequent(architecture.vocabulary), target)
     return Setup(
         trunk,
         heads,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from foretoken.errors import UserError
 from foretoken.loading import DTYPES, load, quiet
-from foretoken.target import Target
+from foretoken.target import UNNORMED, Target
 from foretoken.training.recipe import Lora, Recipe
 from foretoken.unembed import Unembedding
 
@@ -62,11 +62,13 @@ class Trunk:
     def __call__(self, tokens: Tensor, layers: Sequence[int], learn: bool) -> Shown:
         """Read tokens [B, T]; with the trunk's graph, and its dropout, if `learn`."""
         self._train(learn)
-        deep = any(layer != -1 for layer in layers)
+        deep = any(layer not in (-1, UNNORMED) for layer in layers)
         with nullcontext() if learn else torch.no_grad():
-            out = self.target.decoder(input_ids=tokens, output_hidden_states=deep, use_cache=False)
+            with self.target.watched(layers) as unnormed:
+                out = self.target.decoder(input_ids=tokens, output_hidden_states=deep, use_cache=False)
             final: Tensor = out.last_hidden_state
-            states: list[Tensor] = [final if layer == -1 else out.hidden_states[layer] for layer in layers]
+            others = [final if i == -1 else out.hidden_states[i] for i in layers if i != UNNORMED]
+            states: list[Tensor] = [*unnormed, *others]
             return Shown(torch.cat(states, -1) if len(states) > 1 else (*states, final)[0], final)
 
     def before(self, tokens: Tensor) -> tuple[Tensor, Unembedding]:
