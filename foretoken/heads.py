@@ -20,7 +20,7 @@ from foretoken.unembed import Unembedding
 @dataclass(frozen=True, slots=True)
 class Config(Settings):
     """
-    path          the folder that `foretoken train` wrote
+    path          the folder that `foretoken train` wrote (or, for eagle, a published one)
     other_target  use weights that were trained on another target; the output stays exact, fewer guesses survive
     """
 

@@ -31,12 +31,12 @@ from tests.test_eagle import attended, mlp, norm
 from tests.test_feedback import PROMPTS, Watched, features_of, steps_of
 
 H, V, L = 48, 80, 3
-SIZE = Size(hidden=H, heads=6, groups=2, head=8, inner=40, theta=500.0, eps=1e-2)
+SIZE = Size(hidden=H, heads=4, groups=2, head=8, inner=40, theta=500.0, eps=1e-2)
 LAYER: dict[str, Any] = {
     "model_type": "llama",
     "hidden_act": "silu",
     "hidden_size": H,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
     "intermediate_size": 40,
@@ -116,16 +116,16 @@ def tensors_of(case: Case, target: Target, seed: int = 0) -> Keys:
     wide, fused = (H, 2 * H) if case.version == 1 else (2 * H, len(case.states) * H)
     shapes = {
         "fc.weight": (H, fused),
-        "self_attn.q_proj.weight": (48, wide),
+        "self_attn.q_proj.weight": (32, wide),
         "self_attn.k_proj.weight": (16, wide),
         "self_attn.v_proj.weight": (16, wide),
-        "self_attn.o_proj.weight": (H, 48),
+        "self_attn.o_proj.weight": (H, 32),
         "mlp.gate_proj.weight": (40, H),
         "mlp.up_proj.weight": (40, H),
         "mlp.down_proj.weight": (H, 40),
         "post_attention_layernorm.weight": (H,),
     }
-    shapes |= {f"self_attn.{p}_proj.bias": (48 if p in "qo" else 16,) for p in case.biased}
+    shapes |= {f"self_attn.{p}_proj.bias": ({"q": 32, "o": H}.get(p, 16),) for p in case.biased}
     if case.config.get("bias"):
         shapes["fc.bias"] = (H,)
     if case.version == 3:
@@ -506,7 +506,7 @@ SPOILT: dict[str, tuple[str, dict[str, Any], Change, str]] = {
     "a token twice": (
         "eagle 3",
         {},
-        lambda keys: keys["d2t"][4:6].copy_(torch.tensor([9, 8])),
+        lambda keys: keys.pop("t2d") is keys["d2t"][4:6].copy_(torch.tensor([9, 8])),
         "does not name tokens of this target of 80, each once",
     ),
     "a token too high": ("eagle 3", {}, lambda keys: keys["d2t"][29].fill_(51), "does not name tokens"),
