@@ -3,6 +3,7 @@ or a forward written out here, say they do."""
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -27,6 +28,7 @@ from foretoken.native import LAYOUTS
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
 from foretoken.target import model_class_of
+from tests import tiny
 from tests.families import EXPERTS, HEADS, LATENT, make, quietly, randomise
 
 L, H, D = 3, 48, 12
@@ -550,3 +552,38 @@ def test_every_layout_is_tested():
     assert {family for layout in LAYOUTS.values() for family in layout.families} - {"mimo"} == {
         CONFIGS[name]().model_type for name in CONFIGS
     }
+
+
+def test_native_modules_can_be_trained_on(tmp_path: Path, checkpoint: Any):
+    """FastMTP's case: the published module learns to feed itself, from the weights it came with, and is saved."""
+    folder = shutil.copytree(checkpoint("mimo")[0], tmp_path / "model")
+    tiny.tokenizer().save_pretrained(folder)
+    tiny.counting(tmp_path / "counting.txt")
+    shared: dict[str, Any] = {"target": folder, "drafter": "deepseek_mtp", "resume_from": "native", "steps": 2}
+    shared |= {"data__source": tmp_path / "counting.txt", "architecture": {"guesses": 2}}
+    target = load(folder)
+    before = make_drafter("deepseek_mtp", target).heads.state_dict()
+    for rate, moved in ((1e-12, False), (1e-2, True)):
+        out, _ = tiny.trained(tiny.recipe(tmp_path, out=tmp_path / str(rate), optimizer__lr=rate, **shared))
+        trained = make_drafter(f"deepseek_mtp:{out}", target).heads
+        assert (trained.architecture.guesses, trained.architecture.first) == (2, "state")
+        assert trained.state_dict().keys() == before.keys()
+        near = all(torch.allclose(value, before[name], atol=1e-6) for name, value in trained.state_dict().items())
+        assert near != moved
+
+
+@pytest.mark.parametrize(
+    ("name", "drafter", "said"),
+    [
+        ("mimo", "medusa", "No model is published with weights of medusa"),
+        ("ernie4_5_moe", "deepseek_mtp", "of another kind than its last block"),
+    ],
+)
+def test_what_cannot_be_trained_on(name: str, drafter: str, said: str, tmp_path: Path, checkpoint: Any):
+    tiny.counting(tmp_path / "counting.txt")
+    folder = shutil.copytree(checkpoint(name)[0], tmp_path / "model")
+    tiny.tokenizer().save_pretrained(folder)
+    shared: dict[str, Any] = {"target": folder, "data__source": tmp_path / "counting.txt", "precision": "float32"}
+    recipe = tiny.recipe(tmp_path, drafter=drafter, resume_from="native", **shared)
+    with pytest.raises(UserError, match=said):
+        tiny.trained(recipe)

@@ -8,6 +8,7 @@ a cache for each guess, as DeepSeek trains.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -155,16 +156,19 @@ class DeepseekMtp:
         return self.plan.draft(feed, *self.begin(feed, state))
 
 
-def published(target: Target, config: "Config") -> Modules:
-    """The modules in the target's own checkpoint; if there is one, it serves every guess as servers let it."""
+def native(target: Target, settings: Mapping[str, Any], depth: int = 0) -> Modules:
+    """The modules in the target's own checkpoint, with these settings of the architecture over theirs.
+
+    One module serves three guesses over shared rows, as servers let it, and D make D; or `depth`, if that is more.
+    """
     found = find(target)
-    D, size, (_, norm) = found.count, target.config.hidden_size, norm_of(target)
-    guesses, attention = (max(3, config.depth), "shared") if D == 1 else (max(D, config.depth), "own")
-    settings: dict[str, Any] = found.settings | ({"start": config.start} if config.start else {})
+    usual: dict[str, Any] = {"guesses": max(3 if found.count == 1 else found.count, depth)}
+    usual["attention"] = "shared" if found.count == 1 else "own"
+    size, (_, norm) = target.config.hidden_size, norm_of(target)
     own = [Module(block, copy.deepcopy(norm), size) for block in found.blocks()]
     for module in own:
         module.eh_proj.to(target.unembed.weight)  # the rest is as the target keeps it, some weights in float32
-    modules = Modules(Architecture(guesses=guesses, attention=attention, **settings), own)
+    modules = Modules(Architecture(**(usual | found.settings | dict(settings))), own)
     found.fill(modules)
     return modules
 
@@ -183,7 +187,7 @@ def build(target: Target, config: Config) -> DeepseekMtp:
     if config.path:
         heads, trees = opened("deepseek_mtp", config, target, Architecture, fresh)
     else:
-        heads, trees = published(target, config), {}
+        heads, trees = native(target, {"start": config.start} if config.start else {}, config.depth), {}
     a = heads.architecture
     deepest = a.guesses if a.attention == "own" else max(a.guesses, config.depth)
     return DeepseekMtp(target, heads, planned(config, deepest, trees, target=target))

@@ -103,7 +103,7 @@ class Recipe:
     architecture    settings of its weights
     mode            frozen: the target stands still; joint: it learns too; lora: adapters of it do; scratch: all is new
     target          a checkpoint, unless from scratch
-    resume_from     a trained drafter to go on from
+    resume_from     a trained drafter to go on from, or native: the modules that the target was published with
     other_target    go on from it even if it was trained on other weights than the target's
     model           from scratch: a transformers configuration, `model_type` and its fields
     move_layers     from scratch: the target gives as many of its layers as the drafter has

@@ -23,6 +23,9 @@ from foretoken.training.sources import documents
 from foretoken.training.tokenizer import train_tokenizer
 from foretoken.training.trunk import Trunk, new_target, open_target, saved_in, tokenizer_at, working
 
+NATIVE = "native"
+"""As `resume_from`: the weights that the target's own checkpoint brings along."""
+
 TOKENIZER = "tokenizer"
 """Where a run keeps the tokenizer that it made, until it saves its model."""
 
@@ -67,7 +70,7 @@ def prepare(recipe: Recipe, processes: Processes) -> Setup:
             "learns; set mode=joint."
         )
     corpus, held_out = texts(recipe, target.tokenizer)
-    if architecture is not None and getattr(architecture, "vocabulary", 0) and not recipe.resume_from:
+    if getattr(architecture, "vocabulary", 0) and recipe.resume_from in ("", NATIVE):
         cast(Any, heads).choose(corpus.frequent(architecture.vocabulary), target)
     return Setup(
         trunk,
@@ -111,6 +114,8 @@ def from_scratch(
 
 def heads_for(recipe: Recipe, target: Target, module: ModuleType) -> nn.Module:
     """The drafter's weights: new, or those of `resume_from`; in the working precision."""
+    if recipe.resume_from == NATIVE:
+        return native(recipe, target, module).to(target.device, working(recipe.precision)).requires_grad_()
     folder = Path(recipe.resume_from) if recipe.resume_from else None
     if folder is None:
         architecture = configured(module.Architecture, recipe.drafter, recipe.architecture)
@@ -121,6 +126,23 @@ def heads_for(recipe: Recipe, target: Target, module: ModuleType) -> nn.Module:
     if folder is not None:
         store.load_weights(folder, heads)
     return heads.requires_grad_()
+
+
+def native(recipe: Recipe, target: Target, module: ModuleType) -> nn.Module:
+    """The weights of that method that the target was published with."""
+    if "native" not in vars(module):
+        raise UserError(
+            f"No model is published with weights of {recipe.drafter}, so resume_from={NATIVE} has nothing to go on "
+            "from; name a folder, or leave it out."
+        )
+    configured(module.Architecture, recipe.drafter, recipe.architecture)  # refuses what is no setting
+    heads: nn.Module = module.native(target, recipe.architecture)
+    if heads.state_dict().keys() != module.fresh(target, heads.architecture).state_dict().keys():
+        raise UserError(
+            f"The modules of {target.name!r} are of another kind than its last block, so what is trained could not be "
+            f"loaded again; use them as they are, or train new ones without resume_from={NATIVE}."
+        )
+    return heads
 
 
 def continued(recipe: Recipe, folder: Path, target: Target, module: ModuleType) -> Any:
