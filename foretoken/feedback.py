@@ -45,7 +45,7 @@ class Cell:
 class State:
     """
     caches    one, or one for each guess
-    carry     [B, K, H], what each cell of a cascade made of its last committed row
+    carry     [B, K, H], what each cell of a cascade but the last made of its last committed row
     unembeds  the cells' output heads
     """
 
@@ -191,12 +191,13 @@ class Cascade:
         first = states[:, :1]  # what the first cell makes of the last row
         for k, (cell, cache) in enumerate(zip(self.cells, state.caches, strict=True)):
             position = cache.length[:, None] + torch.arange(rows.states.shape[1], device=states.device)
-            held = cache.length > 0
+            held = [length > 0 for length in cache.lengths]
             joined = cell.join(rows.states, self.embedding(rows.tokens, position))
             output = cell.layers.read(joined, rows.count, cache)
             if k == 0:
                 first = last_states(feed, output)
-            rows = self._next(k, rows, cell.onward(output), held, state)
+            if k + 1 < len(self.cells):
+                rows = self._next(k, rows, cell.onward(output), held, state)
         length = feed.length
         above = state.carry[:, :1]  # what cell k made of the root and of the nodes read so far
 
@@ -212,22 +213,22 @@ class Cascade:
 
         return logits(0, first), extend
 
-    def _next(self, k: int, rows: Rows, onward: Tensor, held: Tensor, state: State) -> Rows:
+    def _next(self, k: int, rows: Rows, onward: Tensor, held: list[bool], state: State) -> Rows:
         """The rows of cell k + 1, from the states [B, M, H] that cell k made of its rows.
 
         One row behind: the last state waits, in `carry`, for a token after the root; the one that waited comes first,
-        if there was one (`held` [B]: whether cell k had rows before).
+        if there was one (`held`: per row, whether cell k had rows before).
         """
+        had = torch.tensor(held, device=onward.device)[:, None]
         count = torch.tensor(rows.count, device=onward.device)
         last = onward.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, onward.shape[2]))
         waited = state.carry[:, k : k + 1]
         behind = torch.cat([waited, onward], 1)[:, : onward.shape[1]]
-        states = torch.where(held[:, None, None], behind, onward)
-        tokens = torch.where(held[:, None], rows.tokens, rows.tokens.roll(-1, 1))
+        states = torch.where(had[..., None], behind, onward)
+        tokens = torch.where(had, rows.tokens, rows.tokens.roll(-1, 1))
         carry = torch.where((count > 0)[:, None, None], last, waited)
         state.carry = torch.cat([state.carry[:, :k], carry, state.carry[:, k + 1 :]], 1)
-        missing = (~held).tolist()
-        return Rows(states, tokens, [max(0, n - int(new)) for n, new in zip(rows.count, missing, strict=True)])
+        return Rows(states, tokens, [max(0, n - (not old)) for n, old in zip(rows.count, held, strict=True)])
 
     def _read_tree(self, k: int, growth: Growth, above: Tensor, cache: SlotCache, length: Tensor) -> Tensor:
         """[B, N, H] what cell k makes of all guesses so far, with the states [B, 1 + N', H] of cell k - 1 above them.
@@ -248,7 +249,7 @@ class Cascade:
         return self.cells[k].layers.extend(joined, depth, sees, cache)
 
     def stages(self, batch: Batch, enter: Map, weights: Sequence[float]) -> list[Stage]:
-        """A cell for each weight, behind each other; cell k's label at row i is token i + k + 1."""
+        """A cell for each weight, behind each other; guess k's label at row i is token i + k + 1."""
         forest: list[Stage] = []
         for k in reversed(range(len(weights))):
             cell = self.cells[k]

@@ -154,7 +154,7 @@ def grow(shape: Shape, feed: Feed, logits: Tensor, extend: Extend, pays: Pays | 
         if level < depth:
             logits = extend(Growth(tokens, parent.clamp(min=0), ancestors, tokens.shape[1] - W, level))
     if shape.nodes:
-        return pruned(feed.root, found, nodes, depth)
+        return pruned(feed.root, found, nodes, depth, chained=W == 1 or nodes == 0)
     return Draft(tokens, parent, ancestors, depth, W == 1)
 
 
@@ -174,7 +174,7 @@ def below(ancestors: Tensor, seen: Tensor) -> Tensor:
     return torch.cat([old, torch.cat([seen, own], 2)], 1)
 
 
-def pruned(root: Tensor, found: Guessed, nodes: int, height: int) -> Draft:
+def pruned(root: Tensor, found: Guessed, nodes: int, height: int, *, chained: bool) -> Draft:
     """The draft of the `nodes` likeliest guesses. Of equals the earlier one stays, so each comes with its parent."""
     order = found.joint.sort(descending=True, stable=True).indices[:, :nodes].sort().values  # [B, m]
     place = torch.arange(order.shape[1] + 1, device=order.device)
@@ -183,5 +183,4 @@ def pruned(root: Tensor, found: Guessed, nodes: int, height: int) -> Draft:
     parent = torch.where(above < 0, 0, number.gather(1, above.clamp(min=0)))
     tokens = torch.cat([root[:, None], found.tokens.gather(1, order)], 1)
     parent = torch.nn.functional.pad(parent, (1, 0), value=-1)
-    chained = bool((parent == place - 1).all())
     return Draft(tokens, parent, closure(parent), height, chained)

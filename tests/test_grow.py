@@ -113,7 +113,7 @@ def test_of_equal_guesses_the_ancestor_stays(data: st.DataObject):
         torch.tensor([[joint[n] for n in order]]),
     )
     nodes = data.draw(st.integers(1, count))
-    draft = pruned(torch.tensor([0]), found, nodes, count)
+    draft = pruned(torch.tensor([0]), found, nodes, count, chained=False)
     assert draft.width == 1 + nodes
     for n in range(1, draft.width):
         parent = int(draft.parent[0, n])
