@@ -1,0 +1,1 @@
+"""One file per subcommand: its options, and the import of what does the work when it runs."""
