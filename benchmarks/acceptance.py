@@ -11,27 +11,21 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from foretoken.bench.machine import Machine
+from foretoken.bench.tasks import prompts
 from foretoken.decode import Request, Row
 from foretoken.drafter import Feed
 from foretoken.drafters import make_drafter
+from foretoken.errors import UserError
 from foretoken.generation import decode_all
 from foretoken.loading import load
 from foretoken.rules import Match, Rejection, Rule
 from foretoken.sampling import Sampling
 from foretoken.target import Target
-from foretoken.training.prompts import ids_of, prompts_of
-from foretoken.training.sources import documents
-
-QUESTIONS = Path(__file__).parents[2] / "shared" / "data" / "prompts" / "spec_bench_question.jsonl"
-"""Spec-Bench's prompts (arXiv:2401.07851), which may not travel with the package."""
 
 
 class Blind:
@@ -63,30 +57,6 @@ class Result:
     tokens_per_forward: float
     accepted: list[float]
     same: bool | None
-
-
-def prompts(target: Target, task: str, count: int, length: int) -> list[list[int]]:
-    """Prompts of a task, the same for every drafter.
-
-    code: pieces of held-out documents. copy: `length` tokens of one, and the first quarter of them again. Others are
-    categories of Spec-Bench, cut to their last `length` tokens.
-    """
-    if task in ("code", "copy"):
-        asked = prompts_of(documents("stdlib", split="held_out"), target, length=length, cuts=4, seed=1)
-        found = Random(0).sample(list(islice(asked, 2000)), count)
-        pieces = [ids_of(target, p) for p in found]
-        return pieces if task == "code" else [p + p[: length // 4] for p in pieces]
-    assert target.tokenizer is not None
-    ids = [list(target.tokenizer(text)["input_ids"]) for text in islice(questions(task), count)]
-    return [tokens[-length:] for tokens in ids]
-
-
-def questions(task: str) -> Iterator[str]:
-    rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
-    known = sorted({row["category"] for row in rows})
-    if task not in known:
-        sys.exit(f"No task is called {task!r}; there are code, copy, {', '.join(known)}.")
-    return (row["turns"][0] for row in rows if row["category"] == task)
 
 
 def decode(target: Target, drafter: Any, rule: Rule, asked: list[list[int]], temperature: float, new: int) -> list[Row]:
@@ -125,7 +95,7 @@ def main() -> None:
     target = load(asked.model, dtype="float32")
     found: list[Result] = []
     for task in asked.tasks.split(","):
-        texts = prompts(target, task, asked.prompts, asked.length)
+        texts = [p.ids for p in prompts(target, task, limit=asked.prompts, length=asked.length, new=asked.new)]
         for temperature in (float(t) for t in asked.temperatures.split(",")):
             plain = decode(target, make_drafter("none", target), Match(), texts, temperature, asked.new)
             for given in asked.drafters:
@@ -154,4 +124,7 @@ def show(r: Result) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from foretoken.drafter import Drafter
-from foretoken.drafters import configured, make_drafter, module_of
+from foretoken.drafters import make_drafter, settled
 from foretoken.errors import UserError
 from foretoken.generation import Output, Piece, generate, stream, tokenize
 from foretoken.loading import load
@@ -47,8 +47,7 @@ class Ask:
     def prepare(self) -> tuple[Target, Drafter]:
         """The loaded target and drafter. What can be refused without weights is refused before they load."""
         settings = parsed(self.settings)
-        name, _, path = self.drafter.partition(":")
-        configured(module_of(name).Config, name, settings | ({"path": path} if path else {}))
+        settled(self.drafter, settings)
         make_rule(self.rule)
         Sampling(**self.sampling)
         if self.max_new_tokens < 1:

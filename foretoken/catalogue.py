@@ -11,6 +11,8 @@ from rich.text import Text
 
 from foretoken.drafters import module_of, names
 
+EVERY = "Every drafter takes adaptive=true: its drafts are only as deep as has paid (docs/adaptive.md)."
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
@@ -32,6 +34,7 @@ def show() -> None:
         if grid.row_count:
             console.print(Padding(grid, (0, 0, 0, 4)))
         console.print()
+    console.print(Text(EVERY))
 
 
 def summary(module: ModuleType) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from foretoken.commands.bench import bench
 from foretoken.commands.bench_step import bench_step
 from foretoken.commands.calibrate import calibrate
 from foretoken.commands.chat import chat
@@ -16,11 +17,21 @@ from foretoken.commands.check import check
 from foretoken.commands.demo import demo
 from foretoken.commands.distill_data import distill_data
 from foretoken.commands.drafters import drafters
+from foretoken.commands.explain import explain
 from foretoken.commands.generate import generate
+from foretoken.commands.peers import peers
+from foretoken.commands.plan import plan
+from foretoken.commands.report import report
 from foretoken.commands.train import train
+from foretoken.commands.tune import tune
 from foretoken.errors import UserError
 
-COMMANDS = (generate, chat, check, bench_step, train, distill_data, calibrate, demo, drafters)
+COMMANDS = (
+    *(generate, chat, check, explain),
+    *(bench, report, tune, peers, bench_step),
+    *(train, distill_data, calibrate),
+    *(demo, drafters),
+)
 
 
 class Commands(TyperGroup):
@@ -62,6 +73,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(plan, name="plan")
 
 
 def main() -> None:

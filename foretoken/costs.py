@@ -94,12 +94,13 @@ class Worth:
     def __call__(self, found: Tensor, ends: Tensor | None, level: int) -> int | None:
         """How many of the likeliest guesses to keep, or None: a further level may pay.
 
-        found  [B, C] probability of every guess down to `level`, that of its whole path
+        found  [B, C] log-probability of every guess down to `level`, that of its whole path
         ends   [B, W] of those that can go on; None: there is no further level
 
         No guess is likelier than the one before it, so the best that a further level can bring is one for each of
         `ends`, as likely. If that would not pay for the level, it will not.
         """
+        found, ends = found.exp(), None if ends is None else ends.exp()
         sums = summed(found, self.costs.most)
         best, kept = self.costs.rates(1 + sums.mean(0), level).max(0)
         if ends is not None:
@@ -171,13 +172,15 @@ def typical(seconds: Collection[float]) -> float:
 
 
 @torch.inference_mode()
-def measure(target: Target, batch: int = 1, widths: Sequence[int] = WIDTHS) -> Costs:
+def measure(target: Target, batch: int = 1, widths: Sequence[int] = WIDTHS, *, context: int = CONTEXT) -> Costs:
     """The target's forwards over drafts of each width, `batch` rows: the median of a few, in about a second.
 
-    Of a large model that is one forward of each width, after one to warm up.
+    Of a large model that is one forward of each width, after one to warm up. context: committed tokens before them.
     """
-    cache = target.cache(batch, CONTEXT + widths[-1], widths[-1])
-    target.read(some_tokens(target, batch, CONTEXT), [CONTEXT] * batch, cache)
+    if target.context is not None:
+        context = max(1, min(context, target.context - widths[-1]))
+    cache = target.cache(batch, context + widths[-1], widths[-1])
+    target.read(some_tokens(target, batch, context), [context] * batch, cache)
     drafts = [some_draft(target, batch, width) for width in widths]
     found: list[list[float]] = [[] for _ in widths]
     started = perf_counter()

@@ -63,8 +63,8 @@ class Pays(Protocol):
     heat: float
 
     def __call__(self, found: Tensor, ends: Tensor | None, level: int) -> int | None:
-        """Of guesses of probability `found` [B, C] down to `level`, `ends` [B, W] of which can go on (None: there is no
-        further level); None: grow on."""
+        """Of guesses down to `level` whose paths have log-probability `found` [B, C], `ends` [B, W] of which can go on
+        (None: there is no further level); None: grow on."""
         ...
 
 
@@ -147,7 +147,7 @@ def grow(shape: Shape, feed: Feed, logits: Tensor, extend: Extend, pays: Pays | 
                 depth = level
                 break
         if pays is not None:
-            kept = pays(found.joint.exp(), joint.exp() if level < depth else None, level)
+            kept = pays(found.joint, joint if level < depth else None, level)
             if kept is not None:
                 depth, nodes = level, min(kept, nodes)
                 break

@@ -22,10 +22,15 @@ class Answer:
 
 
 def write_page(file: Path, answers: Sequence[Answer], settings: dict[str, str]) -> None:
-    """Write the page under a temporary name, then give it its own: nobody sees half of it."""
+    """Write the page of the answers."""
+    write_file(file, page(answers, settings))
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write `text` under a temporary name, then give it its own: nobody sees half of it."""
     draft = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(page(answers, settings), "utf-8")
+        draft.write_text(text, "utf-8")
         draft.replace(file)
     except OSError as error:
         raise UserError(

@@ -108,6 +108,11 @@ def star(width: int, depth: int) -> list[Path]:
     return [(first, *(0,) * behind) for behind in range(depth) for first in range(width)]
 
 
+def shallow(paths: Paths, depth: int) -> Paths:
+    """The tree without what is deeper."""
+    return [path for path in paths if len(path) <= depth]
+
+
 @lru_cache(maxsize=64)
 def layout(paths: tuple[Path, ...], device: torch.device) -> Layout:
     """The layout of a tree, made once for all steps."""

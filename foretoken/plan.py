@@ -11,7 +11,7 @@ from foretoken.costs import MOST, Clock
 from foretoken.drafter import Feed, Needs
 from foretoken.errors import UserError, at_least, unknown
 from foretoken.grow import Extend, Pays, Shape, grow
-from foretoken.paths import Paths, planted, star
+from foretoken.paths import Paths, planted, shallow, star
 from foretoken.target import Target
 from foretoken.tree import Draft
 
@@ -101,11 +101,12 @@ class Plan:
         hottest = max(s.temperature for s in feed.sampler.settings)
         if self.candidates == "top" or (self.candidates == "auto" and feed.samples and hottest <= COLD):
             feed = blind(feed)
+        deepest = max(1, feed.budget - 1)
         if (paths := self.paths(hottest)) and (feed.samples or not self.shape.nodes):
-            return planted(paths, feed, logits, extend)
+            return planted(shallow(paths, deepest), feed, logits, extend)
         if feed.samples:
-            depth = min(self.shape.depth, max(1, feed.budget - 1))
-            return planted(star(self.shape.width, depth), feed, logits, extend, self.shape.stop)
+            paths = star(self.shape.width, min(self.shape.depth, deepest))
+            return planted(paths, feed, logits, extend, self.shape.stop)
         return grow(self.shape, feed, logits, extend, None if self.worth is None else self.worth(feed))
 
 

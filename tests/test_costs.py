@@ -53,7 +53,7 @@ def test_times_between_the_timed_widths():
 def test_the_number_of_guesses_is_the_best_one(rows: list[list[int]], cost: Costs, level: int):
     found = torch.tensor(rows, dtype=torch.float64) / 100
     worth = Worth(cost)
-    kept = worth(found, None, level)
+    kept = worth(found.log(), None, level)
     assert kept is not None
     rate, _ = best_by_trying(found, cost, level)
     tokens = 1 + sum(worth.predicted) / len(rows)
@@ -68,7 +68,7 @@ def test_growing_ends_only_where_a_level_cannot_pay(data: st.DataObject, cost: C
     """Whatever its guesses are: each is behind one that can go on, and siblings share that one's probability."""
     found = torch.tensor([data.draw(shares)], dtype=torch.float64) / 100
     ends = found[:, :2]
-    kept = Worth(cost)(found, ends, level)
+    kept = Worth(cost)(found.log(), ends.log(), level)
     hoped, _ = best_by_trying(torch.cat([found, ends], 1), cost, level + 1)
     here, _ = best_by_trying(found, cost, level)
     if abs(hoped - here) > 1e-9:
@@ -200,7 +200,7 @@ def test_heat_follows_what_is_accepted(clock: Any):
     def after(accepted: list[int], told: list[list[int]] = texts) -> float:
         """The heat after a step of 1.4 and 1.0 expected tokens."""
         clock.heat, clock.before = HEAT, None
-        assert clock(Told(texts, [5, 5]))(found, None, 1) == 2
+        assert clock(Told(texts, [5, 5]))(found.log(), None, 1) == 2
         return clock(Told(told, accepted)).heat
 
     assert after([2, 2]) < after([1, 2]) < HEAT < after([1, 1]) < after([0, 0])
@@ -211,7 +211,7 @@ def test_heat_follows_what_is_accepted(clock: Any):
     for accepted, end in (([0, 0], 1 / LEAST), ([9, 9], LEAST)):
         clock.before = None
         for _ in range(400):
-            clock(Told(texts, accepted))(found, None, 1)
+            clock(Told(texts, accepted))(found.log(), None, 1)
         assert clock.heat == pytest.approx(end)
 
 
@@ -224,9 +224,9 @@ def test_what_decoding_takes_is_learnt(clock: Any, monkeypatch: pytest.MonkeyPat
         worth = clock(Told(texts, [1]))
         assert (worth.costs.level, worth.costs.once) == ((0.25, 3.0) if step == ENOUGH else (0.0, 0.0))
         now[0] += 9.0  # the first level is not of those behind it
-        assert worth(found, ends, 1) is None
+        assert worth(found.log(), ends.log(), 1) is None
         now[0] += 0.25 if step != 3 else 50.0
-        assert worth(found, None, 2) == 1
+        assert worth(found.log(), None, 2) == 1
         now[0] += 1.0 + 3.0 if step != 5 else 700.0
 
 

@@ -5,18 +5,23 @@ The yardstick is `reference`: no cache, no batch, one forward of the whole prefi
 
 from dataclasses import fields, replace
 from functools import cache
+from itertools import cycle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor
 
 import foretoken
+from foretoken.adaptive import Adaptive
 from foretoken.costs import Costs, Worth
 from foretoken.decode import Request, Row, Session
+from foretoken.drafter import Feed
 from foretoken.drafters import METHODS, make_drafter, module_of
 from foretoken.generation import decode_all
 from foretoken.grow import Shape
+from foretoken.limits import Rows, Survival
 from foretoken.plan import Plan
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
@@ -51,10 +56,19 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle_paths": ("eagle", {"norm_output": True, "paths": [[0], [1], [0, 0], [1, 0], [0, 0, 0], [0, 0, 1]]}),
     "hybrid_chain": ("hybrid", {"path": "draft_model", "copy": "prompt_lookup", "copies": 5}),
     "hybrid_tree": ("hybrid", {"path": "mtp_tree"}),
+    "adaptive_lookup": ("prompt_lookup", {"adaptive": True}),
+    "adaptive_lookahead": ("lookahead", {"adaptive": True, "window": 4, "ngram": 3, "guesses": 3}),
+    "adaptive_jacobi": ("jacobi", {"adaptive": True, "length": 4}),
+    "adaptive_draft": ("draft_model", {"adaptive": True, "depth": 4}),
+    "adaptive_medusa": ("medusa", {"adaptive": True, "heads": 3, "paths": [[0], [1], [0, 0], [0, 0, 0], [1, 0]]}),
+    "adaptive_deepseek": ("deepseek_mtp", {"adaptive": True, "modules": 3, "guesses": 3}),
+    "adaptive_eagle": ("eagle", {"adaptive": True, "depth": 4, "nodes": 9}),
+    "adaptive_hybrid": ("hybrid", {"adaptive": True, "path": "mtp_tree"}),
 }
 TRAINED = ("mtp", "blockwise", "medusa", "weighted_heads", "deepseek_mtp", "eagle")
 """Drafters with heads; here untrained ones with noise, which guess right now and then."""
 ALIKE = ("draft_stop", "draft_paths", "draft_hardware", "eagle_3", "eagle_paths", "hybrid_chain", "hybrid_tree")
+ALIKE += tuple(key for key in DRAFTERS if key.startswith("adaptive_"))
 """Ask nothing of a family that others do not ask: every fourth family is enough."""
 TEMPERATURES = (0.0, 0.7, 1.3)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -90,8 +104,34 @@ def family(name: str, dtype: str) -> tuple[Target, Target]:
     return make(name, DTYPES[dtype]), make(name, DTYPES[dtype], seed=1)
 
 
+class Script:
+    """In place of a policy: these limits, again and again."""
+
+    def __init__(self, *limits: int) -> None:
+        self.limits = cycle(limits)
+        self.given: list[int] = []
+
+    def rows(self, batch: int) -> Rows:
+        return Rows(Survival.none(batch, 1), np.full(batch, -1))
+
+    def choose(self, feed: Feed, rows: Rows) -> int:
+        self.given.append(min(next(self.limits), feed.budget - 1))
+        return self.given[-1]
+
+    def drafted(self, feed: Feed, rows: Rows, limit: int, height: int) -> None:
+        pass
+
+
 def drafter_for(key: str, target: Target, draft: Target) -> Any:
+    """An adaptive one drafts by a script that switches at once, after a while, and deeper."""
     name, settings = DRAFTERS[key]
+    settings = dict(settings)
+    if settings.pop("adaptive", False):
+        return Adaptive(made(name, settings, target, draft), Script(0, 2, 0, 0, 4, 1, 0, 0, 0, 3))
+    return made(name, settings, target, draft)
+
+
+def made(name: str, settings: dict[str, Any], target: Target, draft: Target) -> Any:
     if name in TRAINED:
         return with_heads(name, dict(settings), target)
     if name == "hybrid":

@@ -18,6 +18,7 @@ PACKAGE = Path(foretoken.__file__).parent
 ROOT = PACKAGE.parent
 CORE = [
     "errors",
+    "tuned",
     "tree",
     "noise",
     "sampling",
@@ -33,6 +34,8 @@ CORE = [
     "grow",
     "paths",
     "plan",
+    "limits",
+    "adaptive",
     "saved",
     "objective",
     "branch",

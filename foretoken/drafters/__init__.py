@@ -4,14 +4,17 @@ A package outside this one adds a method by an entry point of the group `foretok
 """
 
 import dataclasses
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, get_type_hints
 
+from foretoken.adaptive import adaptive
 from foretoken.drafter import Drafter
 from foretoken.errors import UserError, unknown
 from foretoken.target import Target
+from foretoken.tuned import opened
 
 METHODS = {
     "none": "foretoken.drafters.none",
@@ -46,15 +49,33 @@ def module_of(name: str) -> ModuleType:
 
 
 def make_drafter(drafter: "str | Drafter", target: Target, settings: dict[str, Any] | None = None) -> Drafter:
-    """The drafter called NAME or NAME:PATH with these settings; a drafter itself is returned as it is."""
-    if not isinstance(drafter, str):
-        if settings:
-            raise UserError(f"A built drafter came with settings {sorted(settings)}; set them where it is built.")
-        return drafter
+    """The drafter called NAME, NAME:PATH or @FILE with these settings; a drafter itself is returned as it is.
+
+    One setting is every drafter's, a built one's too: `adaptive`, whether drafts are only as deep as has paid.
+    """
+    if isinstance(drafter, str):
+        module, config, follows = settled(drafter, settings or {})
+        made: Drafter = module.build(target, config)
+    else:
+        given = dict(settings or {})
+        made, follows = drafter, asked_to_follow(given)
+        if given:
+            raise UserError(f"A built drafter came with settings {sorted(given)}; set them where it is built.")
+    return adaptive(made) if follows else made
+
+
+def settled(drafter: str, settings: Mapping[str, Any]) -> tuple[ModuleType, Any, bool]:
+    """The method's module, its configuration, and whether it is adaptive; what needs no model is refused here."""
+    drafter, given = opened(drafter, dict(settings))
+    follows = asked_to_follow(given)
     name, _, path = drafter.partition(":")
     module = module_of(name)
-    given = dict(settings or {}) | ({"path": path} if path else {})
-    return module.build(target, configured(module.Config, name, given))
+    return module, configured(module.Config, name, given | ({"path": path} if path else {})), follows
+
+
+def asked_to_follow(given: dict[str, Any]) -> bool:
+    """Takes `adaptive` out of the settings."""
+    return converted("every drafter", "adaptive", given.pop("adaptive", False), bool)
 
 
 def configured(config: type, name: str, given: dict[str, Any]) -> Any:

@@ -1,0 +1,160 @@
+"""Methods ready to decode groups of prompts: this library's on the loaded target, and other programs'."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import get_num_threads
+
+from foretoken.bench.cells import Ask, Group
+from foretoken.bench.engine import Watch, decode, extra_parameters, read_per_forward
+from foretoken.bench.methods import Method, methods
+from foretoken.decode import Request, Row
+from foretoken.drafters import make_drafter
+from foretoken.generation import end_tokens
+from foretoken.rules import make_rule
+from foretoken.sampling import Sampling
+from foretoken.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one method made of one group, once."""
+
+    tokens: list[list[int]]
+    seconds: float
+    first: float | None
+    rows: list[Row] | None = None
+    watch: Watch | None = None
+    forwards: int | None = None
+    accepted: list[int] | None = None
+
+
+class Entry(Protocol):
+    """A method that can be asked for rows.
+
+    resamples  whether at temperatures above 0 it gives another sample of the same law than plain decoding does
+    """
+
+    label: str
+    resamples: bool
+
+    def refuses(self, group: Group) -> str | None:
+        """Why it cannot decode such a group."""
+        ...
+
+    def take(self, group: Group, new: int, audit: bool = False) -> Taken: ...
+
+    def describe(self) -> dict[str, Any]:
+        """The fields of its rows that are always the same."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Ours:
+    """A method of this library on the loaded target."""
+
+    def __init__(self, method: Method, target: Target, ask: Ask) -> None:
+        self.label, self.method, self.target, self.ask = method.label, method, target, ask
+        self.rule = make_rule(method.rule)
+        self.resamples = self.rule.samples
+        self.drafter = make_drafter(method.drafter, target, dict(method.settings))
+        self.parameters, self.bytes = extra_parameters(self.drafter, target)
+        self.kept: dict[int, int] = {}  # bytes that drafting keeps, by batch size
+        self.weights = read_per_forward(target)
+        self.ends = [] if ask.ignore_eos else end_tokens(target)
+
+    def refuses(self, group: Group) -> str | None:
+        return None
+
+    def take(self, group: Group, new: int, audit: bool = False) -> Taken:
+        sampling = Sampling(temperature=group.temperature, seed=self.ask.seed)
+        requests = [
+            Request(p.ids, sampling, n, new, self.ends) for p, n in zip(group.prompts, group.numbers, strict=True)
+        ]
+        watch = decode(self.target, self.drafter, self.rule, requests, self.weights, audit=audit)
+        if audit:
+            self.kept[group.batch] = watch.kept
+        return Taken([row.output for row in watch.rows], watch.seconds, watch.first, watch.rows, watch)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "drafter": self.method.drafter,
+            "settings": self.method.settings,
+            "rule": self.method.rule,
+            "exact": self.rule.exact,
+            "peer": False,
+            "requires": self.method.requires,
+            "extra_parameters": self.parameters,
+        }
+
+    def close(self) -> None:
+        pass
+
+
+class Theirs:
+    """A method of another program, in its own process. `most`: tokens of the longest prompt with its answer."""
+
+    resamples = True
+
+    def __init__(self, name: str, ask: Ask, target: Target, most: int) -> None:
+        from foretoken.bench.peers import start
+
+        parts = {n: p for m in methods(ask.drafters) for n, _, p in [m.drafter.partition(":")] if p}
+        self.label, self.ask = name, ask
+        self.worker = start(
+            name,
+            ask.model,
+            dtype=str(target.dtype).removeprefix("torch."),
+            threads=get_num_threads(),
+            most=most,
+            batch=max(ask.batches),
+            draft=parts.get("draft_model"),
+            eagle=parts.get("eagle"),
+        )
+        self.ends = [] if ask.ignore_eos else end_tokens(target)
+
+    def refuses(self, group: Group) -> str | None:
+        if group.batch > 1 and not self.worker.facts.get("batched", True):
+            return f"{self.label} decodes one prompt at a time"
+        return None
+
+    def take(self, group: Group, new: int, audit: bool = False) -> Taken:
+        ran = self.worker.run(
+            [p.ids for p in group.prompts],
+            max_new_tokens=new,
+            temperature=group.temperature,
+            seed=self.ask.seed,
+            eos=self.ends,
+        )
+        return Taken(ran.tokens, ran.seconds, ran.first, forwards=ran.forwards, accepted=ran.accepted)
+
+    def describe(self) -> dict[str, Any]:
+        facts = self.worker.facts
+        return {
+            "drafter": self.label,
+            "settings": facts,
+            "rule": "its own",
+            "exact": bool(facts.get("exact", True)),
+            "peer": True,
+            "requires": f"{self.label.partition(':')[0]}, a program of its own",
+            "extra_parameters": int(str(facts.get("extra_parameters", 0) or 0)),
+        }
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+def peer_methods(asked: Sequence[str]) -> list[str]:
+    """ "PEER" for every peer asked for and "PEER:METHOD" for all that it has; one method where it was named."""
+    if not asked:
+        return []
+    from foretoken.bench.peers import methods
+
+    found: list[str] = []
+    for name in asked:
+        peer, _, method = name.partition(":")
+        known = methods(peer)
+        found += [name] if method else [peer if m == "plain" else f"{peer}:{m}" for m in known]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,67 @@
+"""Speed from parts: what a method should gain, from times measured apart and the forwards that its text needs.
+
+One step takes draft + forward(width, rows) + own seconds. Proposals and own work were timed on other prompts, forwards
+on no text at all; how many steps a group needs, and how wide they are, follows from the text and not from the machine.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from statistics import median
+
+import numpy as np
+
+from foretoken.bench.rows import PLAIN, Cost, Results, Row
+
+
+def predicted(results: Results, method: str, temperature: float, batch: int, task: str) -> float | None:
+    """The method's speed over plain decoding's in one cell, in tokens per second; None if a part was not timed."""
+    groups = groups_of(results.rows, method, temperature, batch, task)
+    plain = groups_of(results.rows, PLAIN, temperature, batch, task)
+    own = [cost_of(results.costs, name, temperature, batch, task) for name in (method, PLAIN)]
+    forwards = {c.batch: c for c in results.costs if not c.method}
+    if not groups or not plain or own[0] is None or own[1] is None or batch not in forwards:
+        return None
+    first = median(rows[0].first or 0.0 for rows in plain)  # prompts are read by the same forwards
+    ours, theirs = (
+        sum(first + seconds_of(rows, cost, forwards) for rows in parts) / sum(r.tokens for rows in parts for r in rows)
+        for parts, cost in ((groups, own[0]), (plain, own[1]))
+    )
+    return theirs / ours
+
+
+def groups_of(rows: Sequence[Row], method: str, temperature: float, batch: int, task: str) -> list[list[Row]]:
+    """The rows of each group decoded together in this cell, one measurement of each."""
+    cell = (method, temperature, batch, task)
+    mine = [r for r in rows if (r.method, r.temperature, r.batch, r.task) == cell and r.forwards is not None]
+    firsts: dict[int, str] = {}
+    for row in mine:
+        firsts.setdefault(row.group, f"{row.round} {row.repeat}")
+    kept = [r for r in mine if f"{r.round} {r.repeat}" == firsts[r.group]]
+    kept.sort(key=lambda r: r.group)
+    return [list(rows) for _, rows in groupby(kept, key=lambda r: r.group)]
+
+
+def cost_of(costs: Sequence[Cost], method: str, temperature: float, batch: int, task: str) -> Cost | None:
+    """The last time that the method's own work was timed in this cell."""
+    cell = (method, temperature, batch, task)
+    found = [c for c in costs if (c.method, c.temperature, c.batch, c.task) == cell]
+    return found[-1] if found else None
+
+
+def seconds_of(rows: Sequence[Row], cost: Cost, forwards: dict[int, Cost]) -> float:
+    """Seconds of a group's steps: each row leaves when it has had its forwards."""
+    steps = rows[0].steps or 0
+    running = [sum((r.forwards or 0) > step for r in rows) for step in range(steps)]
+    total = sum(rows[0].widths.values()) or 1
+    seconds = steps * (cost.draft + cost.own)
+    for count, group in groupby(running):
+        n = len(list(group))
+        seconds += n * sum(share * forward(forwards, count, width) for width, share in rows[0].widths.items()) / total
+    return seconds
+
+
+def forward(forwards: dict[int, Cost], rows: int, width: int) -> float:
+    """Seconds of one forward, between the timed batches and widths by straight lines."""
+    sizes = sorted(forwards)
+    by_size = [float(np.interp(width, forwards[b].widths, forwards[b].seconds)) for b in sizes]
+    return float(np.interp(rows, sizes, by_size))

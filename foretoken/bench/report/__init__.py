@@ -1,0 +1,1 @@
+"""From the rows of a comparison to a page: figures, tables, drawings, texts."""

@@ -1,0 +1,545 @@
+"""Limits that follow acceptance: what the drafter is told after it rested, what is lost and won, and that no law moves.
+
+The policy is tried against made-up times and made-up acceptance: seconds and guesses come from a simulation.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foretoken import limits
+from foretoken.adaptive import Adaptive, Part, State, merged
+from foretoken.decode import Request, Session
+from foretoken.drafter import Feed
+from foretoken.drafters import make_drafter
+from foretoken.drafters.none import Plain
+from foretoken.errors import UserError
+from foretoken.generation import decode_all
+from foretoken.limits import GRANT, MOST, RATE, Policy, Prior, Survival, Times
+from foretoken.paths import shallow
+from foretoken.rules import RULES, Block, Match, Rejection
+from foretoken.sampling import Sampling
+from foretoken.tree import Draft
+from tests.laws import ALARM, chi_square, counts_of, distance, grown, output_law, p_value, sampled
+from tests.test_equality import Script, drafter_for, family, prompts_of
+from tests.test_laws import CAUGHT, Plan, Shape, joint_of, pair, tiny
+
+Chance = Callable[[int, int, int], float]
+
+# ----------------------------------------------------------------------------------------- what a drafter is told later
+
+
+class Recorder:
+    """A drafter that remembers what it was told and what it proposed."""
+
+    def __init__(self, drafter: Any) -> None:
+        self.drafter, self.needs = drafter, drafter.needs
+        self.fed: list[Feed] = []
+        self.drafts: list[Draft] = []
+
+    def start(self, batch: int, capacity: int) -> Any:
+        return self.drafter.start(batch, capacity)
+
+    def propose(self, feed: Feed, state: Any) -> Draft:
+        self.fed.append(feed)
+        self.drafts.append(self.drafter.propose(feed, state))
+        return self.drafts[-1]
+
+
+def never_rested(target: Any, drafter: Any, rows: list[tuple[Request, list[int]]], limit: int) -> Draft:
+    """What the drafter proposes for requests with these texts if it reads them now, whole."""
+    requests = [replace(r, tokens=text[:-1], max_new_tokens=50) for r, text in rows]
+    session = Session(target, drafter, requests)
+    assert [row.text for row in session.rows] == [text for _, text in rows]
+    with torch.inference_mode():
+        return drafter.propose(replace(session.feed(), budget=limit + 1), session.state)
+
+
+INNER = ("suffix", "prompt_lookup", "draft_model", "draft_tree", "early_tree", "mtp_tree", "medusa_tree")
+INNER += ("weighted", "deepseek", "deepseek_shared", "eagle_1", "eagle_3", "eagle_paths", "hybrid_tree")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("key", INNER)
+def test_guesses_after_a_rest_are_those_of_a_drafter_that_never_rested(key: str, name: str, temperature: float):
+    """Rows of different length that join and leave while it rests and while it drafts."""
+    target, draft = family(name, "float64")
+    inner = Recorder(drafter_for(key, target, draft))
+    script = Script(0, 2, 0, 0, 0, 4, 1, 0, 3, 3, 0, 0)
+    drafter = Adaptive(inner, script)  # type: ignore
+    sampling = Sampling(temperature=temperature, seed=4)
+    requests = [Request(p, sampling, i, 24 + 3 * i) for i, p in enumerate(prompts_of(target))]
+    session = Session(target, drafter, requests[:3], capacity=160)
+    compared = 0
+    for step in range(22):
+        if step in (3, 9):
+            session.select([len(session.rows) - 1, 0])
+        if step in (4, 10, 13):
+            late = replace(requests[3], number=5 + step)
+            session.join(Session(target, drafter, [late], capacity=160))
+        session.select(session.running)
+        rows, asked = [(row.request, list(row.text)) for row in session.rows], len(inner.drafts)
+        session.step()
+        if len(inner.drafts) > asked:
+            got, want = inner.drafts[-1], never_rested(target, inner.drafter, rows, script.given[-1])
+            assert torch.equal(got.tokens, want.tokens), step
+            assert torch.equal(got.parent, want.parent), step
+            assert got.height <= script.given[-1]
+            compared += got.width > 1
+    assert compared >= 2
+
+
+parts_of = st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=5)
+
+
+def part(counts: list[int], first: int, width: int = 2) -> Part:
+    """Numbered tokens, behind them some that are none; features tell position and row."""
+    longest = max(1, *counts) + 1
+    tokens = torch.full((3, longest), -9)
+    for b, n in enumerate(counts):
+        tokens[b, :n] = first + torch.arange(n)
+    features = torch.stack([tokens * 2.0, torch.arange(3.0)[:, None].expand(-1, longest)], -1)
+    emitted = first + torch.arange(3 * width).view(3, width)
+    return Part(tokens, counts, features, emitted, torch.tensor([0, 1, 0]))
+
+
+@given(counts=parts_of)
+def test_what_was_missed_is_told_in_order(counts: list[list[int]]):
+    parts = [part(c, 100 * i) for i, c in enumerate(counts)]
+    whole = merged(parts)
+    assert whole.features is not None
+    for b in range(3):
+        want = [t for p in parts for t in p.tokens[b, : p.count[b]].tolist()]
+        assert whole.tokens[b, : whole.count[b]].tolist() == want
+        assert whole.features[b, : whole.count[b]].tolist() == [[2.0 * t, float(b)] for t in want]
+        later = sum(p.count[b] for p in parts[1:])
+        assert int(whole.last[b]) == min(int(parts[0].last[b]) + later, 1)
+    assert torch.equal(whole.emitted, parts[0].emitted)
+
+
+def test_a_drafter_that_iterates_goes_on_with_the_answers_to_its_own_draft():
+    """Jacobi's guesses are what the target said at those places, however many tokens came since."""
+    target, _ = family("llama", "float64")
+    inner = Recorder(make_drafter("jacobi", target, {"length": 6}))
+    session = Session(target, Adaptive(inner, Script(6, 6, 0, 0, 6)), [Request([5, 6, 7], max_new_tokens=40)])
+    places: list[int] = []
+    answers: list[list[int]] = []
+    for _ in range(5):
+        places.append(len(session.rows[0].text) - 1)
+        session.step()
+        answers.append(session.last.emitted[0].tolist())
+    known = answers[1][places[4] - places[1] :]
+    assert len(known) >= 2
+    assert inner.drafts[-1].tokens[0, 1 : 1 + len(known)].tolist() == known
+
+
+# ---------------------------------------------------------------------------------------------- made-up times and texts
+
+
+class World:
+    """A plain step takes 1, a draft of h guesses 1 + (v - 1) h / 8 + c h; guess i at place n survives by chance.
+
+    offer  chance that there is anything to draft
+    fixed  the only length there is
+    drift  how much longer a step is with every token
+    """
+
+    def __init__(self, v: float, c: float, *, seed: int = 0, offer: float = 1.0, fixed: int = 0, drift: float = 0.0):
+        self.v, self.c, self.offer, self.fixed, self.drift = v, c, offer, fixed, drift
+        self.random, self.now, self.tokens, self.all = random.Random(seed), 0.0, 0, 0
+
+    def seconds(self, height: int) -> float:
+        return (1 + (self.v - 1) * height / 8 + self.c * height) * (1 + self.drift * self.tokens)
+
+
+def decoded(
+    world: World, pick: "int | Policy", chance: Chance, tokens: int, rows: int = 1, until: float = inf
+) -> tuple[float, list[int]]:
+    """Time that `tokens` of each row take with a fixed limit or a policy's, and the height of every draft."""
+    texts, out, count = [[0] for _ in range(rows)], [0] * rows, [1] * rows
+    known = None if isinstance(pick, int) else pick.rows(rows)
+    total, heights = 0.0, list[int]()
+    while min(out) < tokens and total < until:
+        budget = tokens - min(out)
+        feed: Any = SimpleNamespace(texts=texts, count=count, budget=budget, batch=rows)
+        limit = min(pick, budget - 1) if isinstance(pick, int) else pick.choose(feed, known)  # type: ignore
+        height = 0
+        if limit and world.random.random() < world.offer:
+            height = world.fixed or limit
+        if not isinstance(pick, int):
+            assert known is not None
+            known.behind = 0 if limit else known.behind + 1
+            pick.drafted(feed, known, limit, height)
+        seconds = world.seconds(height)
+        world.now += seconds * world.random.uniform(0.95, 1.05)
+        total += seconds
+        count = [0] * rows
+        for b in range(rows):
+            if out[b] < tokens:
+                deep = next((i for i in range(height) if world.random.random() >= chance(b, out[b], i + 1)), height)
+                count[b] = min(deep + 1, tokens - out[b])
+                out[b] += count[b]
+        world.tokens, world.all = max(out), sum(out)
+        heights.append(height)
+    return total, heights
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[float, list[int]]]:
+    """`decoded` with the world's own time."""
+
+    def run(world: World, *how: Any, **more: Any) -> tuple[float, list[int]]:
+        monkeypatch.setattr(limits, "perf_counter", lambda: world.now)
+        return decoded(world, *how, **more)
+
+    return run
+
+
+def always(chance: float) -> Chance:
+    return lambda row, place, depth: chance
+
+
+COSTS = [(1.05, 0.0), (1.3, 0.0), (2.0, 0.05), (1.2, 0.1), (1.2, 0.3), (1.5, 0.5), (1.2, 1.0)]
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("tokens", [64, 256, 1000])
+@pytest.mark.parametrize(("v", "c"), COSTS)
+def test_text_that_defeats_drafting_takes_at_most_a_twentieth_more(
+    timed: Any, v: float, c: float, tokens: int, rows: int
+):
+    found = [timed(World(v, c, seed=s), Policy(16), always(0.04), tokens, rows)[0] / tokens for s in range(8)]
+    assert np.mean(found) <= 1.05
+    assert max(found) <= 1.07  # a guess that happens to be right asks for another
+
+
+@pytest.mark.parametrize("c", [2.0, 5.0, 20.0])
+def test_what_cannot_be_known_before_it_is_tried_is_lost_few_times(timed: Any, c: float):
+    """However slow the drafter is: two drafts of one guess until that shows, then as many as the account pays."""
+    for tokens in (64, 500, 4000):
+        took, heights = timed(World(1.2, c), Policy(16), always(0.0), tokens)
+        assert set(heights) == {0, 1}
+        tries = sum(h > 0 for h in heights)
+        assert tries <= max(3, (GRANT + RATE * took) / c + 2)
+        assert took <= tokens + GRANT + RATE * took + 3 * c
+
+
+def test_a_stream_of_short_texts_is_no_slower_either(timed: Any):
+    """What was learnt stays: forty requests of 64 tokens, one policy."""
+    policy, world = Policy(16), World(1.3, 0.4)
+    took = [timed(world, policy, always(0.04), 64)[0] / 64 for _ in range(40)]
+    assert np.mean(took) <= 1.03
+    assert max(took) <= 1.07
+
+
+def best_fixed(timed: Any, v: float, c: float, chance: Chance, tokens: int, rows: int = 1, **more: Any) -> float:
+    """Time of the best limit of all that there are."""
+    tried = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+    return min(
+        np.mean([timed(World(v, c, seed=s, **more), d, chance, tokens, rows)[0] for s in range(3)]) for d in tried
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize(("v", "c"), [(1.1, 0.0), (1.5, 0.02), (1.2, 0.1), (1.2, 0.3)])
+@pytest.mark.parametrize("chance", [0.6, 0.8, 0.9])
+def test_on_good_text_it_is_as_fast_as_the_best_fixed_limit(timed: Any, chance: float, v: float, c: float, rows: int):
+    tokens = 2500
+    best = best_fixed(timed, v, c, always(chance), tokens, rows)
+    took = np.mean([timed(World(v, c, seed=s), Policy(16), always(chance), tokens, rows)[0] for s in range(3, 6)])
+    assert took <= 1.05 * best
+
+
+@pytest.mark.parametrize("fixed", [4, 7])
+def test_drafters_of_one_length_are_on_or_off(timed: Any, fixed: int):
+    for chance in (0.0, 0.85):
+        took, heights = timed(World(1.5, 0.0, fixed=fixed), Policy(7), always(chance), 1000)
+        assert set(heights) == {0, fixed}
+        best = min(timed(World(1.5, 0.0, fixed=fixed), d, always(chance), 1000)[0] for d in (0, fixed))
+        assert took <= 1.05 * best
+
+
+def test_limits_beyond_what_a_drafter_offers_are_not_tried_for_long(timed: Any):
+    """Drafts end after five guesses: of the deeper limits one is enough."""
+
+    asked = set[int]()
+
+    class Shallow(Policy):
+        def drafted(self, feed: Feed, rows: Any, limit: int, height: int) -> None:
+            asked.add(limit)
+            super().drafted(feed, rows, limit, min(height, 5))
+
+    policy = Shallow(16)
+    timed(World(1.1, 0.0), policy, lambda row, place, depth: 0.95 if depth <= 5 else 0.0, 600)
+    assert len(asked - {0, 1, 2, 3, 4, 6}) <= 2
+    assert policy.candidates(policy.times[0]).tolist() == [1, 2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("offer", [0.1, 0.5])
+def test_steps_without_a_draft_are_free(timed: Any, offer: float):
+    best = best_fixed(timed, 1.4, 0.0, always(0.8), 3000, offer=offer)
+    took = np.mean([timed(World(1.4, 0.0, offer=offer, seed=s), Policy(16), always(0.8), 3000)[0] for s in range(3)])
+    assert took <= 1.05 * best
+    bad, _ = timed(World(1.6, 0.1, offer=offer), Policy(16), always(0.02), 3000)
+    assert bad <= 1.03 * 3000
+
+
+def test_text_that_turns(timed: Any):
+    """Good, bad, good, each 600 tokens: nearly the best limit where one pays and none where not."""
+
+    def chance(row: int, place: int, depth: int) -> float:
+        return 0.03 if 600 <= place < 1200 else 0.85
+
+    good = best_fixed(timed, 1.2, 0.1, always(0.85), 600)
+    found = [timed(World(1.2, 0.1, seed=s), Policy(16), chance, 1800) for s in range(6)]
+    assert np.mean([took for took, _ in found]) <= 1.1 * (2 * good + 600)
+    assert np.mean([took for took, _ in found]) <= 0.95 * best_fixed(timed, 1.2, 0.1, chance, 1800)
+    assert all(450 <= sum(h == 0 for h in heights) <= 800 for _, heights in found)
+
+
+def test_good_and_bad_rows_share_a_limit_that_suits_their_sum(timed: Any):
+    """Tokens of all rows per time; who ends first does not matter, because others take the places."""
+
+    def mixed(row: int, place: int, depth: int) -> float:
+        return 0.85 if row % 2 else 0.1
+
+    def rate(pick: "int | Policy", seed: int) -> float:
+        world = World(1.3, 0.05, seed=seed)
+        total, _ = timed(world, pick, mixed, 10**6, 6, until=900.0)
+        return world.all / total
+
+    best = max(np.mean([rate(d, s) for s in range(3)]) for d in (0, 1, 2, 3, 4, 6, 8, 12, 16))
+    assert np.mean([rate(Policy(16), s) for s in range(3)]) >= 0.95 * best
+
+
+def test_steps_that_grow_slower_change_nothing(timed: Any):
+    """Plain steps take three times as long at the end; plain ones are timed now and then."""
+    for chance, tokens in ((0.8, 2000), (0.02, 2000)):
+        best = best_fixed(timed, 1.2, 0.15, always(chance), tokens, drift=0.001)
+        took, _ = timed(World(1.2, 0.15, drift=0.001), Policy(16), always(chance), tokens)
+        assert took <= 1.06 * best
+
+
+def test_interrupted_steps_do_no_harm(timed: Any):
+    """Every fortieth step takes ten times as long, for no reason."""
+
+    class Rough(World):
+        def seconds(self, height: int) -> float:
+            usual = super().seconds(height)
+            self.now += 9 * usual if self.random.random() < 0.025 else 0.0  # seen by the clock, not counted
+            return usual
+
+    best = best_fixed(timed, 1.2, 0.1, always(0.8), 3000)
+    took = np.mean([timed(Rough(1.2, 0.1, seed=s), Policy(16), always(0.8), 3000)[0] for s in range(4)])
+    assert took <= 1.06 * best
+    bad = [timed(Rough(1.3, 0.3, seed=s), Policy(16), always(0.03), 600)[0] / 600 for s in range(4)]
+    assert max(bad) <= 1.05
+
+
+def test_a_good_stretch_lends_a_bad_one_no_more_than_the_account_holds(timed: Any):
+    policy = Policy(16)
+    timed(World(1.2, 0.2), policy, always(0.95), 3000)
+    assert 0.8 * MOST < policy.balance <= MOST
+    took, _ = timed(World(1.2, 0.2), policy, always(0.0), 400)
+    assert took <= 400 + MOST + RATE * took
+
+
+# ------------------------------------------------------------------------------------------------------------ estimates
+
+
+def test_chances_do_not_depend_on_the_limits_under_which_they_were_seen():
+    """Each depth is counted only where it was allowed and the guess before survived."""
+    draw = np.random.default_rng(0)
+    true = np.array([0.8, 0.5, 0.9, 0.7])
+    survival, prior = Survival.none(2000, 4), Prior(4)
+    for _ in range(60):
+        limit = draw.integers(1, 5, 2000)
+        accepted = np.minimum((draw.random((2000, 4)) < true).cumprod(1).sum(1), limit)
+        survival.note(limit, accepted)
+        prior.note(limit, accepted)
+    assert survival.hits.sum(0) / survival.risk.sum(0) == pytest.approx(true, abs=0.02)
+    assert prior.chances == pytest.approx(true, abs=0.15)
+    before = survival.risk.copy()
+    survival.note(np.zeros(2000, dtype=np.int64), np.zeros(2000, dtype=np.int64))
+    assert (survival.risk == before).all()  # a row that did not draft keeps what it had
+
+
+def test_times_between_and_behind_the_limits_that_were_timed():
+    times = Times()
+    assert times.ratios(np.array([1, 4])).tolist() == [1.0, 1.0]
+    for limit in (0, 2):
+        times.note(limit, 2.0 + limit)
+    assert times.ratios(np.array([1, 2, 4])).tolist() == [1.5, 2.0, 2.5]
+    times = Times()
+    for limit, seconds in ((0, 2.0), (1, 3.0), (4, 6.0), (8, 5.0)):
+        for _ in range(3):
+            times.note(limit, seconds)
+    assert times.ratios(np.array([1, 2, 3, 4, 6, 8])).tolist() == [1.5, 2.0, 2.5, 3.0, 3.0, 3.0]
+    times.note(12, 100.0)  # once: perhaps interrupted
+    assert times.ratios(np.array([12]))[0] == 3.0
+    for _ in range(2):
+        times.note(12, 100.0)
+    assert times.ratios(np.array([12]))[0] == 50.0
+    assert Times(times).typical == times.typical
+    assert Times(times).due
+
+
+def test_other_rows_are_not_timed(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(limits, "perf_counter", lambda: now[0])
+    policy = Policy(4)
+    for texts in ([[1]], [[2]], [[3]]):
+        feed: Any = SimpleNamespace(texts=texts, count=[1], budget=9, batch=1)
+        rows = policy.rows(1)
+        now[0] += 5.0
+        policy.drafted(feed, rows, policy.choose(feed, rows), 0)
+    assert policy.times[0].typical == {}
+    assert policy.balance == GRANT
+
+
+def test_the_last_token_is_not_drafted_for():
+    policy = Policy(4)
+    policy.decide = lambda times, feed, rows: 4  # type: ignore
+    for budget, limit in ((9, 4), (4, 3), (2, 1), (1, 0)):
+        feed: Any = SimpleNamespace(texts=[[1]], count=[1], budget=budget, batch=1)
+        assert policy.choose(feed, policy.rows(1)) == limit
+
+
+# ------------------------------------------------------------------------------------------------------------- drafters
+
+
+def test_fixed_trees_are_cut_at_the_budget():
+    paths = [[0], [1], [0, 0], [0, 0, 0], [1, 0]]
+    assert shallow(paths, 2) == [[0], [1], [0, 0], [1, 0]]
+    target, draft = family("llama", "float64")
+    inner = drafter_for("medusa_tree", target, draft)
+    session = Session(target, inner, [Request([5, 6, 7], max_new_tokens=30)])
+    with torch.inference_mode():
+        heights = [inner.propose(replace(session.feed(), budget=n), session.state).height for n in (9, 4, 3, 2, 1)]
+    assert heights == [3, 3, 2, 1, 1]
+
+
+@pytest.mark.parametrize("text", ["true", True])
+def test_every_drafter_takes_the_setting(text: Any):
+    target, _ = family("llama", "float64")
+    made = make_drafter("suffix", target, {"adaptive": text, "nodes": "5"})
+    assert isinstance(made, Adaptive)
+    assert made.needs.width == 6
+    built = make_drafter("jacobi", target)
+    assert isinstance(make_drafter(built, target, {"adaptive": text}), Adaptive)
+    assert make_drafter(built, target, {"adaptive": "false"}) is built
+    assert isinstance(make_drafter("none", target, {"adaptive": text}), Plain)  # nothing to adapt
+    with pytest.raises(UserError, match="adaptive is 'maybe'"):
+        make_drafter("suffix", target, {"adaptive": "maybe"})
+    with pytest.raises(UserError, match="set them where it is built"):
+        make_drafter(built, target, {"adaptive": "true", "length": "3"})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_decoding_by_its_own_clock_changes_nothing(temperature: float):
+    """Real times, requests that come and go, the same policy throughout."""
+    target, draft = family("llama", "float64")
+    sampling = Sampling(temperature=temperature, seed=4)
+    requests = [Request(p, sampling, i, 30 + 9 * i) for i, p in enumerate(prompts_of(target) * 2)]
+    want = [row.output for row in decode_all(target, make_drafter("none", target), requests, Match())]
+    for name, how in (("draft_model", {"path": draft}), ("suffix", {}), ("lookahead", {"window": 3})):
+        drafter = make_drafter(name, target, how | {"adaptive": True})
+        rows = decode_all(target, drafter, requests, Match(), batch_size=3)
+        assert [row.output for row in rows] == want
+        assert isinstance(drafter, Adaptive) and isinstance(drafter.policy, Policy)
+        assert max(max(times.typical) for times in drafter.policy.times.values()) > 0  # it did draft
+
+
+# ----------------------------------------------------------------------------------------------------------------- laws
+
+
+def cut(draft: Draft, limit: torch.Tensor) -> Draft:
+    """Of row b only guesses of depth `limit[b]` at most can be accepted."""
+    return replace(draft, parent=draft.parent.masked_fill(draft.depth > limit[:, None], -1))
+
+
+def by_the_past(draft: Draft, prefix: torch.Tensor) -> Draft:
+    return cut(draft, prefix % 3)
+
+
+def by_the_guess(draft: Draft, prefix: torch.Tensor) -> Draft:
+    """Wrong: a guess that the drafter finds unlikely is left out."""
+    assert draft.q is not None
+    return cut(draft, torch.where(draft.q[:, 0].gather(1, draft.tokens[:, 1:2])[:, 0] > 0.4, 2, 0))
+
+
+@pytest.mark.parametrize(("rule", "in_order"), [(Rejection(), True), (Block(), False)], ids=str)
+def test_limits_from_the_past_leave_the_joint_law_and_others_do_not(rule: Any, in_order: bool):
+    """By enumeration of everything that can happen."""
+    target, drafter = pair(3, 1)
+    for change, right in ((by_the_past, True), (by_the_guess, False)):
+        law = output_law(rule, target, drafter, 3, in_order=in_order, depth=2, change=change)
+        assert (distance(law, target.joint(3)) < 1e-9) == right
+        assert right or distance(law, target.joint(3)) > 0.01
+
+
+@pytest.mark.parametrize("rule", [Match(), Rejection(), Block()], ids=str)
+def test_limits_that_follow_acceptance_leave_the_joint_law(rule: Any):
+    """By sampling: a row drafts one deeper than it last accepted; a row that looks at its guess is caught."""
+    target, drafter = pair(3, 1)
+
+    def following(value: bool) -> Callable[[Feed, torch.Tensor], Draft]:
+        done = [torch.zeros(1, dtype=torch.int64)]
+
+        def draft(feed: Feed, prefix: torch.Tensor) -> Draft:
+            made = grown(Plan(Shape(2)), drafter, feed, prefix)
+            if value:
+                return by_the_guess(made, prefix)
+            last, done[0] = feed.length - done[0], feed.length.clone()
+            return cut(made, last % 3)
+
+        return draft
+
+    assert p_value(sampled(rule, target, following(False), 50_000), target) > ALARM
+    if rule.samples:
+        assert p_value(sampled(rule, target, following(True), 50_000), target) < CAUGHT
+
+
+class Picky(Adaptive):
+    """Wrong: it takes back guesses that it does not like."""
+
+    def propose(self, feed: Feed, state: State) -> Draft:
+        draft = super().propose(feed, state)
+        return draft if draft.width == 1 else cut(draft, torch.where(draft.tokens[:, 1] < 2, 0, 9))
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong"), [("match", False), ("rejection", False), ("rejection", True), ("block", False)]
+)
+def test_adaptive_sessions_have_the_models_joint_law(rule: str, wrong: bool, monkeypatch: pytest.MonkeyPatch):
+    """The engine, real models and the policy by a made-up clock: the law of four tokens."""
+    target, length, batch, count = tiny(0), 4, 500, 16
+    now = [0.0]
+    monkeypatch.setattr(limits, "perf_counter", lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
+    drafter = (Picky if wrong else Adaptive)(make_drafter("draft_model", target, {"path": tiny(1), "depth": 3}))
+    outputs, heights = list[list[int]](), set[int]()
+    for n in range(count):
+        sampling = Sampling(temperature=1.0, seed=5)
+        session = Session(
+            target,
+            drafter,
+            [Request([1, 2, 3], sampling, batch * n + i, length) for i in range(batch)],
+            rule=RULES[rule](),
+        )
+        while session.running:
+            session.step()
+            heights.add(int(session.state.rows.limits.max()))
+        outputs += [row.output for row in session.rows]
+    assert heights >= {1, 2}
+    p = chi_square(counts_of(torch.tensor(outputs), target.vocab), joint_of(target, [1, 2, 3], length), 5.0)
+    assert p < CAUGHT if wrong else p > ALARM
