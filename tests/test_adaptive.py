@@ -543,3 +543,12 @@ def test_adaptive_sessions_have_the_models_joint_law(rule: str, wrong: bool, mon
     assert heights >= {1, 2}
     p = chi_square(counts_of(torch.tensor(outputs), target.vocab), joint_of(target, [1, 2, 3], length), 5.0)
     assert p < CAUGHT if wrong else p > ALARM
+
+
+def test_plain_steps_are_timed_at_their_lower_quartile():
+    """Half of them slowed by drafted steps before them: drafting must not look good beside those."""
+    times = Times()
+    for seconds in (1.0, 1.3, 1.0, 1.3, 1.3):
+        times.note(0, seconds)
+        times.note(4, seconds)
+    assert (times.typical[0], times.typical[4]) == (1.0, 1.3)

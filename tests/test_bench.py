@@ -344,6 +344,8 @@ def test_a_prediction_by_hand():
     assert seconds_of(rows, own[0], by_batch) == pytest.approx(3 * 0.75 + 2.5 + 1.5 + 1.5)
     assert seconds_of(plain, own[1], by_batch) == pytest.approx(6 * 0.5 + 2 * 2.0 + 4 * 1.0)
     assert predicted(results, "m", 0.0, 2, "t") == pytest.approx((1 + 11.0) / (1 + 7.75))
+    slower = replace(own[0], judging=2.0)
+    assert seconds_of(rows, slower, by_batch) == pytest.approx(3 * 0.75 + 2 * (2.5 + 1.5 + 1.5))
     assert predicted(results, "m", 1.0, 2, "t") is None
     assert predicted(results, "m", 0.0, 4, "t") is None
 

@@ -20,6 +20,7 @@ from foretoken.bench.engine import Watch, read_per_forward
 from foretoken.bench.entries import Entry, Ours, Taken, Theirs, peer_methods
 from foretoken.bench.machine import Machine, read_bandwidth
 from foretoken.bench.methods import methods
+from foretoken.bench.predict import forward, predicted
 from foretoken.bench.rows import FILE, PLAIN, Cost, Results, Run, Skip, Writer, read
 from foretoken.bench.taken import rows_of
 from foretoken.bench.tasks import Prompt, prompts
@@ -42,7 +43,9 @@ class Comparison:
         self.ask, self.target, self.writer, self.run = ask, target, writer, uuid4().hex[:8]
         rows = done.rows if done is not None else []
         self.done = {(r.method, r.task, r.temperature, r.batch, r.group, r.repeat) for r in rows}
-        self.known = {(c.method, c.task, c.temperature, c.batch) for c in (done.costs if done is not None else [])}
+        costs = done.costs if done is not None else []
+        self.known = {(c.method, c.task, c.temperature, c.batch) for c in costs}
+        self.timed = {c.batch: c for c in costs if not c.method}  # forwards on no text
         self.plain: dict[tuple[str, float, int, int], list[list[int]]] = {}
         self.entries: list[Entry] = []
         self.order = Random(ask.seed)
@@ -118,23 +121,23 @@ class Comparison:
                 taken = self.taken(entry, group, min(self.ask.new, WARM), audit=turn == 0)
                 if turn > 0 and taken is not None and taken.watch is not None:
                     watches.setdefault(entry.label, []).append(taken.watch)
-        costs = [
-            cost_of(self.run, label, group, found)
-            for label, found in watches.items()
-            if (label, group.task, group.temperature, group.batch) not in self.known
-        ]
-        for batch in (1 << n for n in range(group.batch.bit_length())):
-            costs += self.forwards(batch)
-        costs += self.forwards(group.batch)
-        self.writer.write(costs)
+        sizes = sorted({*(1 << n for n in range(group.batch.bit_length())), group.batch})
+        self.writer.write([cost for size in sizes for cost in self.forwards(size)])
+        self.writer.write(
+            [
+                cost_of(self.run, label, group, found, self.timed)
+                for label, found in watches.items()
+                if (label, group.task, group.temperature, group.batch) not in self.known
+            ]
+        )
 
     def forwards(self, batch: int) -> list[Cost]:
         """The target's forwards by width, once for each batch size."""
-        if ("", "", 0.0, batch) in self.known:
+        if batch in self.timed:
             return []
-        self.known.add(("", "", 0.0, batch))
         timed = measure(self.target, batch, context=self.ask.length + self.ask.new // 2)
-        return [Cost(self.run, batch, widths=list(timed.widths), seconds=list(timed.forward))]
+        self.timed[batch] = Cost(self.run, batch, widths=list(timed.widths), seconds=list(timed.forward))
+        return [self.timed[batch]]
 
     def taken(self, entry: Entry, group: Group, new: int, audit: bool = False) -> Taken | None:
         """What the method made of the group; None, and it is left out from now on, if it cannot."""
@@ -171,16 +174,28 @@ def place_of(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def cost_of(run: str, label: str, group: Group, watches: Sequence[Watch]) -> Cost:
-    """Seconds of a proposal and of a step's own work: per step the median of the repeats, then the mean over steps."""
-    alike = len({len(w.drafts) for w in watches}) == 1
-    draft = (
-        mean(median(step) for step in zip(*(w.drafts for w in watches), strict=True))
-        if alike and watches[0].drafts
-        else median(sum(w.drafts) / max(1, len(w.drafts)) for w in watches)
-    )
+def cost_of(run: str, label: str, group: Group, watches: Sequence[Watch], forwards: dict[int, Cost]) -> Cost:
+    """Seconds of a proposal and of a step's own work, and how much longer its forwards take than those on no text.
+
+    Per step the median of the repeats, then the mean over steps.
+    """
+    draft, judge = typical([w.drafts for w in watches]), typical([w.judges for w in watches])
     own = median(w.own / max(1, len(w.drafts)) for w in watches)
-    return Cost(run, group.batch, label, group.task, group.temperature, draft=draft, own=own)
+    usual = sum(forward(forwards, n, width) for w in watches for width, n in zip(w.widths, running(w), strict=True))
+    count = sum(len(w.widths) for w in watches)
+    ratio = judge * count / usual if usual else 1.0
+    return Cost(run, group.batch, label, group.task, group.temperature, draft=draft, own=own, judging=ratio)
+
+
+def typical(repeats: Sequence[list[float]]) -> float:
+    """The mean over steps of each one's median."""
+    steps = [median(step) for step in zip(*repeats, strict=False)]
+    return mean(steps) if steps else 0.0
+
+
+def running(watch: Watch) -> list[int]:
+    """The rows that took part in each step."""
+    return [sum(row.forwards > step for row in watch.rows) for step in range(len(watch.widths))]
 
 
 def earlier(ask: Ask) -> Results | None:
@@ -223,7 +238,6 @@ def run(ask: Ask) -> Results:
 
 def show(results: Results, out: Path) -> None:
     """Print the comparison, and how to see more of it."""
-    from foretoken.bench.predict import predicted
     from foretoken.bench.report.contents import brief
     from foretoken.bench.report.summary import summarize
     from foretoken.bench.report.tables import terminal

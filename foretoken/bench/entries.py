@@ -156,5 +156,5 @@ def peer_methods(asked: Sequence[str]) -> list[str]:
     for name in asked:
         peer, _, method = name.partition(":")
         known = methods(peer)
-        found += [name] if method else [peer if m == "plain" else f"{peer}:{m}" for m in known]
+        found += [peer if m == "plain" else f"{peer}:{m}" for m in ([method] if method else known)]
     return list(dict.fromkeys(found))

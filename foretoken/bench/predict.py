@@ -1,7 +1,8 @@
 """Speed from parts: what a method should gain, from times measured apart and the forwards that its text needs.
 
-One step takes draft + forward(width, rows) + own seconds. Proposals and own work were timed on other prompts, forwards
-on no text at all; how many steps a group needs, and how wide they are, follows from the text and not from the machine.
+One step takes draft + judging * forward(width, rows) + own seconds. Forwards were timed by width on no text at all;
+proposals, own work and what a forward takes longer between them (`judging`) on other prompts. How many steps a group
+needs, and how wide they are, follows from the text and not from the machine.
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,8 @@ def seconds_of(rows: Sequence[Row], cost: Cost, forwards: dict[int, Cost]) -> fl
     seconds = steps * (cost.draft + cost.own)
     for count, group in groupby(running):
         n = len(list(group))
-        seconds += n * sum(share * forward(forwards, count, width) for width, share in rows[0].widths.items()) / total
+        by_width = sum(share * forward(forwards, count, width) for width, share in rows[0].widths.items()) / total
+        seconds += n * cost.judging * by_width
     return seconds
 
 

@@ -129,6 +129,7 @@ class Cost:
     method    "" for the target: `widths` and `seconds` of its forwards. A method otherwise, on other prompts of `task`:
     draft     seconds of one proposal
     own       seconds of a step outside proposal and forward
+    judging   seconds of its forwards over those timed on no text: between proposals caches hold other things
     """
 
     run: str
@@ -140,6 +141,7 @@ class Cost:
     seconds: list[float] = field(default_factory=list[float])
     draft: float = 0.0
     own: float = 0.0
+    judging: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

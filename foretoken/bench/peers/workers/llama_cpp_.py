@@ -17,7 +17,7 @@ class LlamaCpp:
         lookup = load.method == "prompt_lookup"
         self.llama: Any = llama_cpp.Llama(
             load.files,
-            n_ctx=load.most + 1,
+            n_ctx=load.most + 32,  # room for guesses behind the last token
             n_threads=load.threads,
             n_threads_batch=load.threads,
             type_k=CACHE_TYPES[load.dtype],
