@@ -6,6 +6,7 @@ needs, and how wide they are, follows from the text and not from the machine.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from statistics import median
 
@@ -43,10 +44,17 @@ def groups_of(rows: Sequence[Row], method: str, temperature: float, batch: int, 
 
 
 def cost_of(costs: Sequence[Cost], method: str, temperature: float, batch: int, task: str) -> Cost | None:
-    """The last time that the method's own work was timed in this cell."""
-    cell = (method, temperature, batch, task)
-    found = [c for c in costs if (c.method, c.temperature, c.batch, c.task) == cell]
-    return found[-1] if found else None
+    """What a step of the method takes besides its forward, in this cell.
+
+    Proposals depend on the text and the temperature. Own work does not depend on the text, `judging` on neither, so all
+    that was timed of them at this batch size counts, the median of it: one timing is at the mercy of its moment.
+    """
+    mine = [c for c in costs if (c.method, c.batch) == (method, batch)]
+    here = [c for c in mine if (c.temperature, c.task) == (temperature, task)]
+    if not here:
+        return None
+    alike = [c for c in mine if c.temperature == temperature]
+    return replace(here[-1], own=median(c.own for c in alike), judging=median(c.judging for c in mine))
 
 
 def seconds_of(rows: Sequence[Row], cost: Cost, forwards: dict[int, Cost]) -> float:

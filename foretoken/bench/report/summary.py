@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
 
-from foretoken.bench.report.figures import Acceptance, Cell, Forwards, Group, Method, Overall, Parts, Place, Spread
+from foretoken.bench.report.figures import (
+    Acceptance,
+    Cell,
+    Forwards,
+    Group,
+    Method,
+    Overall,
+    Parts,
+    Place,
+    Spread,
+    geometric,
+)
 from foretoken.bench.rows import PLAIN, Cost, Results, Row, Run, Skip
 from foretoken.errors import UserError
 
@@ -207,10 +218,27 @@ def parts(rows: Sequence[Row]) -> Parts | None:
     return Parts(first, draft, verify, own, median(reads) if reads else None, max(memory, default=None))
 
 
-def within(summary: Summary, share: float = 0.1) -> tuple[int, int]:
-    """Cells whose predicted speed-up is within `share` of the measured one, and cells that have both."""
-    pairs = [(c.predicted, c.speedup.median) for c in summary.cells.values() if c.speedup and c.predicted is not None]
-    return sum(abs(p - m) <= share * m for p, m in pairs), len(pairs)
+def within(pairs: Iterable[tuple[float, float]], share: float = 0.1) -> tuple[int, int]:
+    """Of (predicted, measured) speed-ups those within `share` of the measured one, and all of them."""
+    close = [abs(p - m) <= share * m for p, m in pairs]
+    return sum(close), len(close)
+
+
+def foretold(summary: Summary) -> dict[Place, tuple[float, float]]:
+    """(predicted, measured) speed-up of every cell that has both."""
+    return {
+        c.place: (c.predicted, c.speedup.median)
+        for c in summary.cells.values()
+        if c.speedup and c.predicted is not None
+    }
+
+
+def foretold_over_tasks(summary: Summary) -> dict[tuple[str, float, int], tuple[float, float]]:
+    """The same of each method, temperature and batch: geometric means over tasks."""
+    found: defaultdict[tuple[str, float, int], list[tuple[float, float]]] = defaultdict(list)
+    for place, pair in foretold(summary).items():
+        found[place.method, place.temperature, place.batch].append(pair)
+    return {key: (geometric([p for p, _ in pairs]), geometric([m for _, m in pairs])) for key, pairs in found.items()}
 
 
 def forwards_of(costs: Iterable[Cost]) -> list[Forwards]:
