@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretoken.drafter import Drafter, Feed, Needs
+from foretoken.drafter import Drafter, Feed, Needs, stacked
 from foretoken.limits import Policy, Rows
 from foretoken.tree import Draft, chain
 
@@ -72,21 +72,14 @@ def beside(a: Part, b: Part) -> Part:
     """The rows of `a`, then those of `b`."""
     features = None
     if a.features is not None and b.features is not None:
-        features = padded(a.features, b.features)
+        features = stacked(a.features, b.features)
     return Part(
-        padded(a.tokens, b.tokens),
+        stacked(a.tokens, b.tokens),
         a.count + b.count,
         features,
-        padded(a.emitted, b.emitted),
+        stacked(a.emitted, b.emitted),
         torch.cat([a.last, b.last]),
     )
-
-
-def padded(a: Tensor, b: Tensor) -> Tensor:
-    """[Ba + Bb, M, ...] of a [Ba, Ma, ...] and b [Bb, Mb, ...], the shorter with zeros behind."""
-    out = a.new_zeros(len(a) + len(b), max(a.shape[1], b.shape[1]), *a.shape[2:])
-    out[: len(a), : a.shape[1]], out[len(a) :, : b.shape[1]] = a, b
-    return out
 
 
 def nothing(like: Part, batch: int) -> Part:

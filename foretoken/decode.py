@@ -7,7 +7,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from foretoken.drafter import Drafter, Feed
+from foretoken.drafter import Drafter, Feed, stacked
 from foretoken.errors import UserError
 from foretoken.noise import Noise
 from foretoken.rules import Match, Rule
@@ -142,13 +142,6 @@ class Step:
             stacked(self.emitted, other.emitted),
             torch.cat([self.last, other.last]),
         )
-
-
-def stacked(a: Tensor, b: Tensor) -> Tensor:
-    """[Ba + Bb, M, ...] of a [Ba, Ma, ...] and b [Bb, Mb, ...], the shorter padded with zeros behind."""
-    out = a.new_zeros(len(a) + len(b), max(a.shape[1], b.shape[1]), *a.shape[2:])
-    out[: len(a), : a.shape[1]], out[len(a) :, : b.shape[1]] = a, b
-    return out
 
 
 class Session:

@@ -113,3 +113,10 @@ class Stateless:
 
     def join(self, other: "Stateless") -> None:
         pass
+
+
+def stacked(a: Tensor, b: Tensor) -> Tensor:
+    """[Ba + Bb, M, ...] of a [Ba, Ma, ...] and b [Bb, Mb, ...], the shorter padded with zeros behind."""
+    out = a.new_zeros(len(a) + len(b), max(a.shape[1], b.shape[1]), *a.shape[2:])
+    out[: len(a), : a.shape[1]], out[len(a) :, : b.shape[1]] = a, b
+    return out

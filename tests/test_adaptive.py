@@ -24,10 +24,12 @@ from foretoken.drafters import make_drafter
 from foretoken.drafters.none import Plain
 from foretoken.errors import UserError
 from foretoken.generation import decode_all
-from foretoken.limits import GRANT, MOST, RATE, Policy, Prior, Survival, Times
+from foretoken.limits import GRANT, MOST, RATE, Policy, Rows
 from foretoken.paths import shallow
 from foretoken.rules import RULES, Block, Match, Rejection
 from foretoken.sampling import Sampling
+from foretoken.survival import Prior, Survival
+from foretoken.times import Times
 from foretoken.tree import Draft
 from tests.laws import ALARM, chi_square, counts_of, distance, grown, output_law, p_value, sampled
 from tests.test_equality import Script, drafter_for, family, prompts_of
@@ -365,33 +367,81 @@ def test_chances_do_not_depend_on_the_limits_under_which_they_were_seen():
     for _ in range(60):
         limit = draw.integers(1, 5, 2000)
         accepted = np.minimum((draw.random((2000, 4)) < true).cumprod(1).sum(1), limit)
-        survival.note(limit, accepted)
-        prior.note(limit, accepted)
+        survival.note(limit[None], accepted[None])
+        prior.note(limit[None], accepted[None])
     assert survival.hits.sum(0) / survival.risk.sum(0) == pytest.approx(true, abs=0.02)
     assert prior.chances == pytest.approx(true, abs=0.15)
     before = survival.risk.copy()
-    survival.note(np.zeros(2000, dtype=np.int64), np.zeros(2000, dtype=np.int64))
+    survival.note(np.zeros((1, 2000), dtype=np.int64), np.zeros((1, 2000), dtype=np.int64))
     assert (survival.risk == before).all()  # a row that did not draft keeps what it had
 
 
+def test_what_was_noted_late_is_what_would_have_been_noted_at_once():
+    """Rows learn of several steps together, and before any of them leaves or another comes."""
+    draw = np.random.default_rng(1)
+    at_once, late = Rows.new(3, Prior(4)), Rows.new(3, Prior(4))
+    for step in range(30):
+        limits = [int(n) for n in draw.integers(0, 5, 3)]
+        counts = [int(draw.integers(0, n + 2)) for n in limits]
+        for rows in (at_once, late):
+            rows.news.append((limits, counts))
+        at_once.learn()
+        if step == 13:
+            late.select([2, 0, 1])
+            at_once.select([2, 0, 1])
+        if step == 22:
+            late.join(Rows.new(0, late.prior))
+    late.learn()
+    assert late.survival.risk == pytest.approx(at_once.survival.risk)
+    assert late.survival.hits == pytest.approx(at_once.survival.hits)
+    assert late.prior.chances == pytest.approx(at_once.prior.chances)
+
+
+def test_a_limit_that_stays_ends_with_the_account():
+    """A limit stays for a few steps, but not for one more that the account does not cover."""
+    policy = Policy(4)
+    texts, rows = [[1]], policy.rows(1)
+    feed: Any = SimpleNamespace(texts=texts, count=[1], budget=99, batch=1)
+    policy.decide = lambda times, feed, rows: 0  # type: ignore
+    policy.choose(feed, rows)
+    for balance, limit in ((5.0, 3), (0.5, 0)):
+        policy.kept, policy.limit, policy.loss, policy.balance = 2, 3, 1.0, balance
+        assert policy.choose(feed, rows) == limit
+
+
+def times_with(**seconds: float) -> Times:
+    """Timings of limits, each often enough to be believed."""
+    times = Times()
+    for limit, took in seconds.items():
+        for _ in range(6):
+            times.note(int(limit[1:]), took)
+    return times
+
+
 def test_times_between_and_behind_the_limits_that_were_timed():
-    times = Times()
-    assert times.ratios(np.array([1, 4])).tolist() == [1.0, 1.0]
-    for limit in (0, 2):
-        times.note(limit, 2.0 + limit)
-    assert times.ratios(np.array([1, 2, 4])).tolist() == [1.5, 2.0, 2.5]
-    times = Times()
-    for limit, seconds in ((0, 2.0), (1, 3.0), (4, 6.0), (8, 5.0)):
-        for _ in range(3):
-            times.note(limit, seconds)
-    assert times.ratios(np.array([1, 2, 3, 4, 6, 8])).tolist() == [1.5, 2.0, 2.5, 3.0, 3.0, 3.0]
-    times.note(12, 100.0)  # once: perhaps interrupted
-    assert times.ratios(np.array([12]))[0] == 3.0
-    for _ in range(2):
-        times.note(12, 100.0)
-    assert times.ratios(np.array([12]))[0] == 50.0
-    assert Times(times).typical == times.typical
-    assert Times(times).due
+    assert Times().ratios(np.array([1, 4])).tolist() == [1.0, 1.0]
+    one = times_with(d0=2.0, d2=4.0)
+    assert one.ratios(np.array([1, 2, 4])).tolist() == pytest.approx([1.5, 2.0, 2.5])  # half as steep behind
+    on_line = times_with(d0=2.0, d1=2.5, d4=4.0, d8=6.0)
+    assert on_line.ratios(np.array([1, 2, 3, 4, 8, 12])) == pytest.approx([1.25, 1.5, 1.75, 2.0, 3.0, 4.0])
+    assert Times(one).ratios(np.array([1, 2])) == pytest.approx([1.5, 2.0])  # another batch size begins with these
+    assert Times(one).due
+
+
+def test_times_never_fall_and_a_few_slow_steps_count_little():
+    limits = np.array([1, 2, 3, 4, 6, 8])
+    steady = times_with(d0=1.0, d1=1.2, d2=1.25, d3=1.3, d4=1.35, d6=1.45, d8=1.55)
+    before = steady.ratios(limits)
+    for _ in range(7):
+        steady.note(4, 2.7)  # a slow stretch: the median of this limit is twice what it was
+    after = steady.ratios(limits)
+    assert steady.typical[4] == 2.7
+    assert (np.diff(after) >= 0).all()
+    assert after[3] < 2.1  # a part of that is believed
+    assert after[1] < 1.35 * before[1]
+    for _ in range(400):
+        steady.note(2, 1.25)
+    assert steady.ratios(limits)[3] < 0.9 * after[3]  # and less the longer ago it was
 
 
 def test_other_rows_are_not_timed(monkeypatch: pytest.MonkeyPatch):
@@ -538,7 +588,7 @@ def test_adaptive_sessions_have_the_models_joint_law(rule: str, wrong: bool, mon
         )
         while session.running:
             session.step()
-            heights.add(int(session.state.rows.limits.max()))
+            heights.add(max(session.state.rows.limits))
         outputs += [row.output for row in session.rows]
     assert heights >= {1, 2}
     p = chi_square(counts_of(torch.tensor(outputs), target.vocab), joint_of(target, [1, 2, 3], length), 5.0)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from foretoken.bench import compare, engine
 from foretoken.bench.cells import Ask, Group, groups, other
@@ -21,9 +23,13 @@ from foretoken.bench.engine import decode, extra_parameters, held, read_per_forw
 from foretoken.bench.entries import Ours, Taken
 from foretoken.bench.methods import label_of, methods, split
 from foretoken.bench.predict import forward, predicted, seconds_of
+from foretoken.bench.report.contents import skipped
+from foretoken.bench.report.summary import summarize
 from foretoken.bench.rows import FILE, Cost, Results, Row, Run, Skip, Writer, read
 from foretoken.bench.taken import rows_of
 from foretoken.bench.tasks import Prompt, prompts
+from foretoken.cache import SlotCache
+from foretoken.cli import app
 from foretoken.decode import Request
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
@@ -85,6 +91,12 @@ def test_groups_fill_their_batch():
     assert [p.id for p in other(ask, made[4], found).prompts] == ["9"]  # there is no other
 
 
+def test_a_batch_that_no_task_fills_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"A batch of 3 needs 3 prompts of a task, and no task has more than 2 \(--lim"):
+        run(ask_for(tmp_path, batches=[1, 3]))
+    assert not (tmp_path / FILE).exists()
+
+
 # ------------------------------------------------------------------------------------------------------------- measured
 
 
@@ -114,6 +126,18 @@ def tokens_read(rows: Any) -> int:
     return sum(
         len(r.request.tokens) + 1 + (r.emitted - 1) * (i + 1) // r.forwards for r in rows for i in range(r.forwards)
     )
+
+
+def test_the_cache_is_weighed_once(monkeypatch: pytest.MonkeyPatch):
+    weighed: list[int] = []
+    inner = SlotCache.nbytes.fget
+    assert inner is not None
+    monkeypatch.setattr(SlotCache, "nbytes", property(lambda cache: weighed.append(inner(cache)) or weighed[-1]))
+    target = asset(BITSTORIES, torch.float32)
+    requests = [Request([5, 6, 7], Sampling(), i, 8 + 5 * i) for i in range(2)]
+    watch = decode(target, make_drafter("none", target), Match(), requests)
+    assert len(watch.judges) > 1
+    assert len(weighed) == 1
 
 
 def test_what_a_drafter_adds():
@@ -227,7 +251,9 @@ def test_a_torn_line_is_left_out_and_mended(tmp_path: Path):
         ('{"kind": "column"}', "another version"),
         ('{"kind": "run", "format": 99}', "format 99"),
         ('{"kind": "skip", "run": "a"}', "lacks fields"),
-        ("nonsense", "is no JSON"),
+        ("nonsense", "is no JSON object"),
+        ("[1]", "is no JSON object"),
+        ("3", "is no JSON object"),
     ],
 )
 def test_results_of_others_are_refused(tmp_path: Path, line: str, said: str):
@@ -236,6 +262,21 @@ def test_results_of_others_are_refused(tmp_path: Path, line: str, said: str):
         read(tmp_path)
     with pytest.raises(UserError, match="holds no rows"):
         read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (FILE, b"\xb2\xff"),
+        (f"{FILE}.gz", b"not packed"),
+        (f"{FILE}.gz", gzip.compress(b"x" * 99)[:-9]),
+        (f"{FILE}.gz", b"\x1f\x8b\x08" + b"\xff" * 30),
+    ],
+)
+def test_results_that_cannot_be_read_are_refused(tmp_path: Path, name: str, content: bytes):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}' cannot be read .*; restore the file or use a new folder"):
+        read(tmp_path)
 
 
 def test_every_line_comes_back(tmp_path: Path):
@@ -303,6 +344,33 @@ def test_a_method_that_fails_is_left_out_and_the_others_go_on(tmp_path: Path):
         assert row.differs["gap"] > 0
 
 
+def test_what_does_not_run_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A method that decodes one prompt at a time, and a task with too few prompts for a batch; the rest runs."""
+    (tmp_path / "mine.txt").write_text("Once upon a time\n")
+    ask = replace(ask_for(tmp_path, batches=[1, 2], temperatures=[0.0, 0.5], repeats=1), tasks="random")
+    target, writer, single = asset(STORIES, torch.float32), Writer(tmp_path), Failing()
+    monkeypatch.setattr(single, "refuses", lambda group: None if group.batch == 1 else "It decodes one at a time.")
+    monkeypatch.setattr(single, "take", lambda group, new, audit=False: Taken([[1] * new], 1.0, None))
+    made = Comparison(ask, target, writer, None)
+    made.start(1.0, 22)
+    made.entries.append(single)
+    tasks = f"random,{tmp_path / 'mine.txt'}"
+    made.everything(prompts(target, tasks, limit=4, length=12, new=10), lambda *_: None)
+    writer.close()
+    found = read(tmp_path)
+    said = {(s.method, s.batch, s.temperature, s.reason) for s in found.skips}
+    few = "The task 'mine' has fewer prompts (1) than are decoded together."
+    assert said == {("every method", 2, None, few), ("failing", 2, None, "It decodes one at a time.")}
+    assert len(found.skips) == 2
+    cells = {(r.method, r.task, r.batch) for r in found.rows}
+    ours = {(m, *cell) for m in ("none", "suffix", "jacobi length=3") for cell in [("random", 2), ("mine", 1)]}
+    assert cells == ours | {(m, "random", 1) for m in ("none", "suffix", "jacobi length=3", "failing")} | {
+        ("failing", "mine", 1)
+    }
+    (section,) = skipped(summarize(found, predicted))
+    assert ("failing", "2", "all", "It decodes one at a time.") in section.tables[0].rows
+
+
 def test_differences_are_placed(tmp_path: Path):
     """Where a method leaves plain decoding, and how sure the target was there."""
     target = asset(STORIES, torch.float32)
@@ -351,6 +419,43 @@ def test_a_prediction_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--batch", "0", "give whole numbers of 1 or more"),
+        ("--batch", "inf", "give numbers of 0 or more"),
+        ("--batch", "nan", "give numbers of 0 or more"),
+        ("--temperature", "-1", "give numbers of 0 or more"),
+        ("--temperature", "nan", "give numbers of 0 or more"),
+        ("--peers", "transformers:lookup", "is no method of the peer 'transformers'; .* did you mean 'prompt_lookup'"),
+    ],
+)
+def test_bad_options_end_in_a_sentence(tmp_path: Path, option: str, value: str, said: str):
+    done = CliRunner().invoke(app, ["bench", STORIES, "--out", str(tmp_path / "out"), option, value])
+    assert done.exit_code == 2
+    assert re.search(said, done.output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_asked_for_twice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Ask] = []
+    monkeypatch.setattr(compare, "run", asked.append)
+    monkeypatch.setattr(compare, "show", lambda *_: None)
+    options = ["--batch", "2,1,2", "--temperature", "0,1,0"]
+    assert CliRunner().invoke(app, ["bench", STORIES, "--out", str(tmp_path), *options]).exit_code == 0
+    assert (asked[0].batches, asked[0].temperatures) == ([2, 1], [0.0, 1.0])
+
+
+def test_one_reason_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    reason = "It is not installed."
+    row = Row("r", "a", "none", "none", {}, "match", True, False, "", "t", "p", 3, 0.0, 1, 1, 0, 0, 4, 0.5, 8.0)
+    skips = [Skip("r", "x:a", reason), Skip("r", "x:b", reason, 2, 0.5), Skip("s", "x:a", reason)]
+    compare.show(Results([], [row], [], skips), tmp_path)
+    assert "Not measured: x:a; x:b, batch 2, temperature 0.5. It is not installed." in capsys.readouterr().out.replace(
+        "\n", " "
+    )
 
 
 @pytest.mark.slow

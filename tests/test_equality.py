@@ -8,7 +8,6 @@ from functools import cache
 from itertools import cycle
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor
@@ -21,10 +20,11 @@ from foretoken.drafter import Feed
 from foretoken.drafters import METHODS, make_drafter, module_of
 from foretoken.generation import decode_all
 from foretoken.grow import Shape
-from foretoken.limits import Rows, Survival
+from foretoken.limits import Rows
 from foretoken.plan import Plan
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
+from foretoken.survival import Prior
 from foretoken.target import Target
 from tests.families import SUPPORTED, make
 from tests.models import BITSTORIES, STORIES, asset
@@ -112,7 +112,7 @@ class Script:
         self.given: list[int] = []
 
     def rows(self, batch: int) -> Rows:
-        return Rows(Survival.none(batch, 1), np.full(batch, -1))
+        return Rows.new(batch, Prior(1))
 
     def choose(self, feed: Feed, rows: Rows) -> int:
         self.given.append(min(next(self.limits), feed.budget - 1))

@@ -34,6 +34,8 @@ CORE = [
     "grow",
     "paths",
     "plan",
+    "survival",
+    "times",
     "limits",
     "adaptive",
     "saved",

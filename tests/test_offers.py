@@ -158,6 +158,24 @@ def test_candidates_are_what_they_say():
     }
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("given", [{"depth": 2}, {"tree": "beam", "width": 2}, {"stop": 0.5}, {"tree": "hardware"}])
+def test_a_given_tree_is_decoded(given: dict[str, Any], batch: int):
+    """One candidate, the drafter as it was asked for; which nodes a hardware tree has depends on times."""
+    found = [Prompt("stories", str(i), list(r.tokens), "") for i, r in enumerate(requests(0.0))]
+    tuner = Tuner(target(), found[:2], batch=batch, temperature=0.0, new=24, seed=0)
+    settings = given | {"path": asset(STORIES, torch.float32)}
+    (candidate,) = candidates(target(), "draft_model", settings, tuner.known, tuner.watch)
+    assert candidate.settings == settings
+    assert candidate.corner
+    assert len(candidate.walks) == 2 // batch
+    assert candidate.tokens_per_forward > 1
+    if given.get("tree") != "hardware":
+        watches = tuner.watch(make_drafter("draft_model", target(), settings))
+        assert [w.forwards for w in candidate.walks] == [[row.forwards for row in w.rows] for w in watches]
+        assert [w.widths for w in candidate.walks] == [w.widths for w in watches]
+
+
 def test_a_drafter_with_another_tree_keeps_its_weights():
     base = model_drafter(depth=6)
     twin = with_plan(base, tree="chain", depth=2)

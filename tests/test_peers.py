@@ -1,14 +1,16 @@
 """Other libraries beside us: they decode the same weights, say what they cannot, and cannot disturb or hang the run."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import foretoken
 from foretoken.bench import peers
+from foretoken.bench.cells import Ask
+from foretoken.bench.entries import started
 from foretoken.bench.peers import Worker, eagle, environments, gguf
 from foretoken.bench.peers.files import made_of
 from foretoken.errors import UserError
@@ -93,6 +97,24 @@ def test_a_peer_emits_what_plain_decoding_here_does(name: str):
         with pytest.raises(UserError, match="was started for 256 tokens in a row and the longest prompt needs 30"):
             worker.run([[5] * 240], max_new_tokens=60, temperature=0.0, seed=0, eos=[])
     assert worker.facts["weights_bytes"] == 4 * sum(p.numel() for p in asset(MODEL, torch.float32).model.parameters())
+
+
+FULL = [p for p in METHODS if str(p.values[0]) in ("transformers:plain", "vllm:plain", "vllm:eagle", "llama_cpp:plain")]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_peer_fills_the_context_to_its_end(name: str, tmp_path: Path):
+    peer = name.partition(":")[0]
+    if environments.installed(peer) is None:
+        pytest.skip(f"run `foretoken peers --install {peer}`")
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    length = len(prompts()[0]) + TOKENS
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": length}))
+    with start(name, str(model), most=length, batch=1) as worker:
+        assert greedy(worker, prompts()[:1]).tokens == plain()[:1]
+    shutil.rmtree(made_of(model), ignore_errors=True)
 
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -218,6 +240,35 @@ def test_an_eagle_keeps_its_bias_in_an_embedding_of_its_own(tmp_path: Path):
         eagle.exported(Path(EAGLE3), Path(MODEL), tmp_path / "other")
     with pytest.raises(UserError, match="cannot be moved into an embedding"):
         eagle.shifted(table.detach(), torch.zeros(256, 512), torch.ones(256))
+
+
+def test_a_peer_gets_the_first_drafter_that_it_takes(monkeypatch: pytest.MonkeyPatch):
+    """Of its own kind, in the order in which they were named; the first one's reason where it takes none."""
+    given: list[str | None] = []
+
+    def begin(name: str, model: str, **options: Any) -> SimpleNamespace:
+        given.append(options["eagle"])
+        if options["eagle"] in ("a", None):
+            raise UserError(f"It does not take {options['eagle']}.")
+        return SimpleNamespace(facts={})
+
+    target = asset(MODEL, torch.float32)
+    ask = Ask(MODEL, ["eagle:a,draft_model:x,eagle:b,depth=2,eagle:c"], "code", Path())
+    with monkeypatch.context() as patched:
+        patched.setattr(peers, "start", begin)
+        assert started("vllm:eagle", ask, target, 9).facts == {"drafter": "b"}
+        assert given == ["a", "b"]
+        for drafters, said in ((["eagle:a"], "not take a"), (["suffix"], "not take None")):
+            with pytest.raises(UserError, match=said):
+                started("vllm:eagle", replace(ask, drafters=drafters), target, 9)
+        assert started("vllm:draft_model", ask, target, 9).facts == {"drafter": "x"}
+        given.clear()
+        with pytest.raises(UserError, match="not take None"):
+            started("vllm:mtp", replace(ask, drafters=["mtp:m"]), target, 9)
+        assert given == [None]  # it takes no heads from elsewhere
+    monkeypatch.setattr(peers, "require", lambda name: Path(sys.executable))
+    with pytest.raises(UserError, match="is no EAGLE-1, which is all that is written for vLLM"):
+        started("vllm:eagle", replace(ask, drafters=[f"eagle:{EAGLE3}"]), target, 9)
 
 
 # What a worker does to its parent. These workers run in our own Python.

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from foretoken.bench.report import charts
 from foretoken.bench.report import page as report
 from foretoken.bench.report.contents import sections
 from foretoken.bench.report.figures import Acceptance, Overall, Place, Spread
@@ -405,6 +406,22 @@ def test_every_figure_has_its_numbers_as_a_table(everything: Results):
     found = [s for s in sections(summarize(everything, guessed)) if s.charts]
     assert [len(s.charts) for s in found] == [2, 2, 1, 1, 2]
     assert all(s.folded for s in found)
+
+
+def test_acceptance_is_drawn_of_those_that_accept_most():
+    """Nine methods, the slowest of which emits the most tokens per forward; the others keep their colours."""
+    rows = [row()]
+    for i in range(9):
+        forwards = 9 if i == 0 else 3 if i == 8 else 4  # m0 is the fastest, m8 the slowest
+        rows.append(row(f"m{i}", 900 - 50 * i, forwards=forwards, accepted=[1]))
+    summary = cells_of(rows)
+    style, drawn = charts.styles(summary), charts.most_accepting(summary, 0.0)
+    assert list(drawn) == ["m8", *(f"m{i}" for i in range(1, 8))]
+    assert {name: i for name, i in drawn.items() if name != "m8"} == {f"m{i}": style[f"m{i}"] for i in range(1, 8)}
+    assert sorted(drawn.values()) == list(range(charts.MOST))
+    chart = charts.acceptance(summary, 0.0)
+    assert chart is not None
+    assert [key.label for key in chart.keys] == list(drawn)
 
 
 def test_lossy_methods_and_what_was_skipped_are_said(written: tuple[str, str]):

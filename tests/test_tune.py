@@ -108,6 +108,7 @@ def test_the_choice_is_measured_and_exact(batch: int, tmp_path: Path):
     assert [s.predicted for s in found.scored] == sorted((s.predicted for s in found.scored), reverse=True)
     raced = [s for s in found.scored if s.measured is not None]
     assert 0 < len(raced) <= tuning.FINALISTS
+    assert len({s.candidate.kind for s in raced}) == len(raced)
     best = max(s.measured or 0.0 for s in raced)
     assert (found.best is None) == (best < tuning.PAYS)
     assert found.best is None or found.best.measured == best
@@ -136,6 +137,69 @@ def test_settings_that_are_given_stay():
     found = tune(target, ["suffix,min_match=2"], asked(target, 1), new=12)
     assert {s.candidate.settings["min_match"] for s in found.scored} == {"2"}
     assert len({s.candidate.settings["nodes"] for s in found.scored}) > 1
+    found = tune(target, ["suffix,nodes=5"], asked(target, 1), new=12)
+    assert [s.candidate.settings for s in found.scored] == [{"nodes": "5"}]
+
+
+@pytest.mark.parametrize("given", [{"depth": "2"}, {"tree": "beam", "width": "3"}, {"stop": "0.4"}, {"nodes": "3"}])
+def test_a_tree_that_is_given_stays(given: dict[str, str]):
+    """One setting of the tree is a choice that the tuner does not overrule."""
+    target = asset(BITSTORIES, torch.float32)
+    text = ",".join([f"draft_model:{STORIES}", "candidates=top", *(f"{k}={v}" for k, v in given.items())])
+    found = tune(target, [text], asked(target, 1), new=12)
+    assert [s.candidate.settings for s in found.scored] == [given | {"candidates": "top"}]
+
+
+def test_settings_outside_the_tree_leave_it_to_the_tuner():
+    target = asset(BITSTORIES, torch.float32)
+    found = tune(target, [f"draft_model:{STORIES},candidates=top"], asked(target, 1), new=12)
+    assert len(found.scored) > 20
+    assert {s.candidate.settings["candidates"] for s in found.scored} == {"top"}
+
+
+def test_a_file_is_one_candidate(tmp_path: Path):
+    """What an earlier tuning chose is compared as it is; settings beside it come before its own."""
+    target = asset(BITSTORIES, torch.float32)
+    for name, drafter, settings in (("a", "lookahead", {"window": 3}), ("b", f"draft_model:{STORIES}", {})):
+        Tuned(drafter, settings, BITSTORIES, 0.0, 1, 1.5, 1.4).write(tmp_path / f"{name}.json")
+    Tuned("none", {}, BITSTORIES, 0.0, 1, 1.0, 1.0).write(tmp_path / "plain.json")
+    texts = [f"@{tmp_path / name}.json" for name in ("a", "b", "plain")]
+    found = tune(target, [texts[0] + ",guesses=2", *texts[1:]], asked(target, 1), new=12)
+    candidates = {s.candidate.drafter: s.candidate for s in found.scored}
+    assert len(found.scored) == 2
+    assert candidates["lookahead"].settings == {"window": 3, "guesses": "2"}
+    built: Any = candidates["lookahead"].make()
+    assert (built.config.window, built.config.guesses) == (3, 2)
+    assert candidates[f"draft_model:{STORIES}"].settings == {}
+    assert found.best is None or not chosen(found, "m", 1, 0.0).drafter.startswith("@")
+
+
+@pytest.mark.parametrize(
+    ("drafters", "said"),
+    [
+        (["suffix,rule=rejection"], "'suffix rejection' came with a rule, and drafts are tuned for the rule match"),
+        (["suffix,adaptive=true"], "'suffix adaptive=true' came with adaptive=, and a draft that adapts has no shape"),
+        (["none"], "Only plain decoding came"),
+        ([f"draft_model:{STORIES},tree=statc"], "did you mean 'static'?"),
+        (["@nowhere.json"], "'nowhere.json' cannot be read"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_before_the_model_is_read(drafters: list[str], said: str, tmp_path: Path):
+    options = ["--drafters", ",".join(drafters), "--out", str(tmp_path / "x.json")]
+    run = CliRunner().invoke(app, ["tune", str(tmp_path / "no model"), *options])
+    assert run.exit_code == 2
+    assert said in " ".join(run.output.split())
+
+
+def test_no_drafter_is_left(tmp_path: Path):
+    """Where none can run, that is said, and not that plain decoding is fastest."""
+    target = asset(BITSTORIES, torch.float32)
+    with pytest.raises(UserError) as found:
+        tune(target, ["draft_model:/no/where", f"mtp:{tmp_path}"], asked(target, 1), new=12)
+    said = str(found.value)
+    assert said.startswith("No drafter that was given can run here, so there is nothing to choose from. ")
+    assert "draft_model:where: '/no/where' is no model" in said
+    assert "holds no drafter.json" in said
 
 
 def test_too_few_prompts_for_a_batch():

@@ -1,11 +1,13 @@
 """What is asked of a comparison, and the groups of prompts that follow from it."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from foretoken.bench.tasks import Prompt
+from foretoken.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,18 @@ class Group:
     number: int
     prompts: Sequence[Prompt]
     numbers: Sequence[int]
+
+
+def too_few(ask: Ask, found: Sequence[Prompt]) -> dict[tuple[str, int], int]:
+    """(task, batch size) -> its prompts, where they fill no group; `UserError` where no task's do."""
+    count = {task: min(n, ask.limit) for task, n in Counter(p.task for p in found).items()}
+    batch, most = max(ask.batches), max(count.values(), default=0)
+    if most < batch:
+        raise UserError(
+            f"A batch of {batch} needs {batch} prompts of a task, and no task has more than {most} (--limit is "
+            f"{ask.limit}); give a smaller --batch, a greater --limit or more prompts."
+        )
+    return {(task, batch): n for batch in ask.batches for task, n in count.items() if n < batch}
 
 
 def groups(ask: Ask, found: Sequence[Prompt]) -> Iterator[Group]:

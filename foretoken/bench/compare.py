@@ -15,13 +15,13 @@ from uuid import uuid4
 
 from rich.console import Console
 
-from foretoken.bench.cells import Ask, Group, groups, other
+from foretoken.bench.cells import Ask, Group, groups, other, too_few
 from foretoken.bench.engine import Watch, read_per_forward
 from foretoken.bench.entries import Entry, Ours, Taken, Theirs, peer_methods
 from foretoken.bench.machine import Machine, read_bandwidth
 from foretoken.bench.methods import methods
-from foretoken.bench.predict import forward, predicted
-from foretoken.bench.rows import FILE, PLAIN, Cost, Results, Run, Skip, Writer, read
+from foretoken.bench.predict import forward, predicted, running
+from foretoken.bench.rows import EVERY, FILE, PLAIN, Cost, Results, Run, Skip, Writer, read
 from foretoken.bench.taken import rows_of
 from foretoken.bench.tasks import Prompt, prompts
 from foretoken.costs import measure
@@ -48,6 +48,7 @@ class Comparison:
         self.timed = {c.batch: c for c in costs if not c.method}  # forwards on no text
         self.plain: dict[tuple[str, float, int, int], list[list[int]]] = {}
         self.entries: list[Entry] = []
+        self.skipped = set[Skip]()
         self.order = Random(ask.seed)
 
     def start(self, bandwidth: float, most: int) -> None:
@@ -81,9 +82,12 @@ class Comparison:
         except UserError as error:
             self.skip(label, str(error))
 
-    def skip(self, label: str, reason: str, group: Group | None = None) -> None:
-        batch, temperature = (None, None) if group is None else (group.batch, group.temperature)
-        self.writer.write([Skip(self.run, label, reason, batch, temperature)])
+    def skip(self, label: str, reason: str, batch: int | None = None, temperature: float | None = None) -> None:
+        """Say, once, why something does not run."""
+        skip = Skip(self.run, label, reason, batch, temperature)
+        if skip not in self.skipped:
+            self.skipped.add(skip)
+            self.writer.write([skip])
 
     def close(self) -> None:
         for entry in self.entries:
@@ -92,13 +96,22 @@ class Comparison:
     def missing(self, group: Group, repeat: int) -> list[Entry]:
         """The methods that have no row of this round yet; plain decoding as well if there is any."""
         cell = (group.task, group.temperature, group.batch, group.number, repeat)
-        found = [e for e in self.entries if (e.label, *cell) not in self.done and e.refuses(group) is None]
+        found = [e for e in self.entries if (e.label, *cell) not in self.done and self.takes(e, group)]
         if found and not any(e.label == PLAIN for e in found):
             found.insert(0, next(e for e in self.entries if e.label == PLAIN))
         return found
 
+    def takes(self, entry: Entry, group: Group) -> bool:
+        """Whether the method can decode such a group."""
+        reason = entry.refuses(group)
+        if reason is not None:
+            self.skip(entry.label, reason, group.batch)
+        return reason is None
+
     def everything(self, found: Sequence[Prompt], update: Update) -> None:
         """Every round that is not there yet."""
+        for (task, batch), n in too_few(self.ask, found).items():
+            self.skip(EVERY, f"The task {task!r} has fewer prompts ({n}) than are decoded together.", batch)
         asked = list(groups(self.ask, found))
         total, warmed = len(asked) * self.ask.repeats, set[tuple[str, float, int]]()
         for i, group in enumerate(asked):
@@ -146,7 +159,7 @@ class Comparison:
         except UserError as error:
             if entry.label == PLAIN:
                 raise
-            self.skip(entry.label, str(error), group)
+            self.skip(entry.label, str(error), group.batch, group.temperature)
             entry.close()
             self.entries.remove(entry)
             return None
@@ -181,9 +194,10 @@ def cost_of(run: str, label: str, group: Group, watches: Sequence[Watch], forwar
     """
     draft, judge = typical([w.drafts for w in watches]), typical([w.judges for w in watches])
     own = median(w.own / max(1, len(w.drafts)) for w in watches)
-    usual = sum(forward(forwards, n, width) for w in watches for width, n in zip(w.widths, running(w), strict=True))
-    count = sum(len(w.widths) for w in watches)
-    ratio = judge * count / usual if usual else 1.0
+    rows = [n for w in watches for n in running([row.forwards for row in w.rows], len(w.widths))]
+    widths = [width for w in watches for width in w.widths]
+    usual = sum(forward(forwards, n, width) for n, width in zip(rows, widths, strict=True))
+    ratio = judge * len(widths) / usual if usual else 1.0
     return Cost(run, group.batch, label, group.task, group.temperature, draft=draft, own=own, judging=ratio)
 
 
@@ -191,11 +205,6 @@ def typical(repeats: Sequence[list[float]]) -> float:
     """The mean over steps of each one's median."""
     steps = [median(step) for step in zip(*repeats, strict=False)]
     return mean(steps) if steps else 0.0
-
-
-def running(watch: Watch) -> list[int]:
-    """The rows that took part in each step."""
-    return [sum(row.forwards > step for row in watch.rows) for step in range(len(watch.widths))]
 
 
 def earlier(ask: Ask) -> Results | None:
@@ -223,6 +232,7 @@ def run(ask: Ask) -> Results:
     found = prompts(
         target, ask.tasks, limit=ask.limit + max(ask.batches), length=ask.length, new=ask.new, seed=ask.seed
     )
+    too_few(ask, found)  # or is there nothing to measure?
     writer = Writer(ask.out)
     comparison = Comparison(ask, target, writer, done)
     try:
@@ -243,7 +253,9 @@ def show(results: Results, out: Path) -> None:
     from foretoken.bench.report.tables import terminal
 
     console = Console(highlight=False)
-    console.print(terminal(brief(summarize(results, predicted, repr(str(out))))))
-    for skip in results.skips:
-        console.print(f"{skip.method} was left out: {skip.reason}", style="dim", markup=False)
+    summary = summarize(results, predicted, repr(str(out)))
+    console.print(terminal(brief(summary)))
+    for reason in dict.fromkeys(skip.reason for skip in summary.skips):
+        who = dict.fromkeys(skip.where for skip in summary.skips if skip.reason == reason)
+        console.print(f"Not measured: {'; '.join(who)}. {reason}", style="dim", markup=False)
     console.print(f"{len(results.rows)} rows in {out}; `foretoken report {out}` writes a page.", markup=False)

@@ -109,8 +109,11 @@ def decode(
     clocked = Clocked(drafter, target.device, audit)
     twin, watch = clocked_target(target, clocked.watch, weights), clocked.watch
 
+    per_token = 0  # bytes of the cache: the same in every step, as rows leave with their slots
+
     def on_step(session: Session) -> None:
-        per_token = session.cache.nbytes // (len(session.rows) * session.capacity)
+        nonlocal per_token
+        per_token = per_token or session.cache.nbytes // (len(session.rows) * session.capacity)
         watch.read += per_token * sum(len(row.text) for row in session.rows)
 
     restart_peak(target.device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import get_num_threads
 
@@ -11,10 +11,14 @@ from foretoken.bench.engine import Watch, decode, extra_parameters, read_per_for
 from foretoken.bench.methods import Method, methods
 from foretoken.decode import Request, Row
 from foretoken.drafters import make_drafter
+from foretoken.errors import UserError, unknown
 from foretoken.generation import end_tokens
 from foretoken.rules import make_rule
 from foretoken.sampling import Sampling
 from foretoken.target import Target
+
+if TYPE_CHECKING:
+    from foretoken.bench.peers import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +103,13 @@ class Theirs:
     resamples = True
 
     def __init__(self, name: str, ask: Ask, target: Target, most: int) -> None:
-        from foretoken.bench.peers import start
-
-        parts = {n: p for m in methods(ask.drafters) for n, _, p in [m.drafter.partition(":")] if p}
         self.label, self.ask = name, ask
-        self.worker = start(
-            name,
-            ask.model,
-            dtype=str(target.dtype).removeprefix("torch."),
-            threads=get_num_threads(),
-            most=most,
-            batch=max(ask.batches),
-            draft=parts.get("draft_model"),
-            eagle=parts.get("eagle"),
-        )
+        self.worker = started(name, ask, target, most)
         self.ends = [] if ask.ignore_eos else end_tokens(target)
 
     def refuses(self, group: Group) -> str | None:
         if group.batch > 1 and not self.worker.facts.get("batched", True):
-            return f"{self.label} decodes one prompt at a time"
+            return f"{self.label} decodes one prompt at a time."
         return None
 
     def take(self, group: Group, new: int, audit: bool = False) -> Taken:
@@ -146,6 +138,30 @@ class Theirs:
         self.worker.close()
 
 
+def started(name: str, ask: Ask, target: Target, most: int) -> "Worker":
+    """The peer's worker with the first drafter of its kind that it takes; `UserError` as for the first, if none.
+
+    most: see `Theirs`.
+    """
+    from foretoken.bench.peers import start
+
+    dtype, threads = str(target.dtype).removeprefix("torch."), get_num_threads()
+    kind, refusals = name.partition(":")[2], list[UserError]()
+    takes = kind in ("draft_model", "eagle")  # vLLM's "mtp" is the model's own
+    paths = [m.path for m in methods(ask.drafters) if takes and m.name == kind and m.path]
+    for path in paths or [None]:
+        try:
+            worker = start(
+                name, ask.model, dtype=dtype, threads=threads, most=most, batch=max(ask.batches), draft=path, eagle=path
+            )
+        except UserError as error:
+            refusals.append(error)
+            continue
+        worker.facts |= {"drafter": path} if path else {}
+        return worker
+    raise refusals[0]
+
+
 def peer_methods(asked: Sequence[str]) -> list[str]:
     """ "PEER" for every peer asked for and "PEER:METHOD" for all that it has; one method where it was named."""
     if not asked:
@@ -156,5 +172,7 @@ def peer_methods(asked: Sequence[str]) -> list[str]:
     for name in asked:
         peer, _, method = name.partition(":")
         known = methods(peer)
+        if method and method not in known:
+            raise unknown(f"method of the peer {peer!r}", method, known)
         found += [peer if m == "plain" else f"{peer}:{m}" for m in ([method] if method else known)]
     return list(dict.fromkeys(found))

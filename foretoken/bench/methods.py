@@ -46,6 +46,12 @@ class Method:
         return opened(self.drafter, {})[0].partition(":")[0]
 
     @property
+    def path(self) -> str:
+        """Where its weights are; "" if it names none."""
+        drafter, settings = opened(self.drafter, dict(self.settings))
+        return drafter.partition(":")[2] or str(settings.get("path", ""))
+
+    @property
     def requires(self) -> str:
         return REQUIRES.get(self.name, "a package that adds it")
 

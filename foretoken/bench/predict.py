@@ -60,14 +60,18 @@ def cost_of(costs: Sequence[Cost], method: str, temperature: float, batch: int, 
 def seconds_of(rows: Sequence[Row], cost: Cost, forwards: dict[int, Cost]) -> float:
     """Seconds of a group's steps: each row leaves when it has had its forwards."""
     steps = rows[0].steps or 0
-    running = [sum((r.forwards or 0) > step for r in rows) for step in range(steps)]
     total = sum(rows[0].widths.values()) or 1
     seconds = steps * (cost.draft + cost.own)
-    for count, group in groupby(running):
+    for count, group in groupby(running([r.forwards or 0 for r in rows], steps)):
         n = len(list(group))
         by_width = sum(share * forward(forwards, count, width) for width, share in rows[0].widths.items()) / total
         seconds += n * cost.judging * by_width
     return seconds
+
+
+def running(forwards: Sequence[int], steps: int) -> list[int]:
+    """Rows that take part in each of a group's steps: each leaves when it has had its `forwards`."""
+    return [sum(n > step for n in forwards) for step in range(steps)]
 
 
 def forward(forwards: dict[int, Cost], rows: int, width: int) -> float:

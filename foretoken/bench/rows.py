@@ -8,6 +8,7 @@ plain row and no other. A `Cost` was timed apart from the rows, for predictions.
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,8 @@ FORMAT = 1
 FILE = "rows.jsonl"
 PLAIN = "none"
 """The method that others are compared with: plain decoding by the same engine."""
+EVERY = "every method"
+"""Stands for all of them in a `Skip`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +149,19 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A method, or one of its cells, that did not run."""
+    """A method, or some of its cells, that did not run; batch and temperature are None where all did not."""
 
     run: str
     method: str
     reason: str
     batch: int | None = None
     temperature: float | None = None
+
+    @property
+    def where(self) -> str:
+        """The method, and which of its cells if not all."""
+        batch = "" if self.batch is None else f", batch {self.batch}"
+        return self.method + batch + ("" if self.temperature is None else f", temperature {self.temperature:g}")
 
 
 Line = Run | Row | Cost | Skip
@@ -206,10 +215,14 @@ def read(folder: Path) -> Results:
 
     `UserError` if there are none, or for another version's.
     """
-    file, packed = folder / FILE, folder / f"{FILE}.gz"
-    if not file.is_file() and not packed.is_file():
+    file = next((f for f in (folder / FILE, folder / f"{FILE}.gz") if f.is_file()), None)
+    if file is None:
         raise UserError(f"{str(folder)!r} holds no {FILE}; give a folder that `foretoken bench --out` wrote.")
-    text = file.read_text("utf-8") if file.is_file() else gzip.decompress(packed.read_bytes()).decode()
+    try:
+        stored = file.read_bytes()
+        text = (gzip.decompress(stored) if file.suffix == ".gz" else stored).decode()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{str(file)!r} cannot be read ({error}); restore the file or use a new folder.") from error
     lines = list(parsed(text, file))
     return Results(
         *(sorted_out(lines, kind) for kind in (Run, Row, Cost, Skip))  # pyright: ignore[reportArgumentType]
@@ -226,12 +239,12 @@ def parsed(text: str, file: Path) -> Iterator[Line]:
         if not line:
             continue
         try:
-            record: dict[str, Any] = json.loads(line)
-        except ValueError as error:
+            record = dict[str, Any](json.loads(line))
+        except (ValueError, TypeError) as error:
             if number == len(numbered):  # torn: no line break behind it
                 return
             raise UserError(
-                f"{str(file)!r}, line {number} is no JSON; restore the file or use a new folder."
+                f"{str(file)!r}, line {number} is no JSON object; restore the file or use a new folder."
             ) from error
         yield made(record, f"{str(file)!r}, line {number}")
 

@@ -7,6 +7,7 @@ follows by walking the record.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from foretoken.bench.engine import Watch
@@ -17,6 +18,7 @@ from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.plan import Plan, Settings, planned
 from foretoken.target import Target
+from foretoken.tuned import TUNED, opened
 
 DEEPEST = 8
 """Guesses on the longest path that is tried."""
@@ -38,6 +40,8 @@ LAWLESS: dict[str, list[dict[str, Any]]] = {
 """Settings of the methods that give no law over tokens."""
 FROM_TEXT = ("suffix", "prompt_lookup", "hybrid")
 """Those whose guesses follow from the text; others depend on their earlier drafts, and only decoding shows them."""
+TREE = frozenset({"tree", "depth", "width", "nodes", "stop"})
+"""Settings that say what draft a law becomes: where one is given, the user has chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +89,19 @@ class Candidate:
 def candidates(
     target: Target, drafter: str, settings: dict[str, Any], known: Known, watch: Callable[[Drafter], list[Watch]]
 ) -> Iterator[Candidate]:
-    """Every candidate of a drafter. `watch` decodes the requests with one, group by group."""
+    """Every candidate of a drafter; only one where settings of its tree are given, or a file (@FILE) names it.
+
+    watch: decodes the requests with a drafter, group by group.
+    """
+    decided = drafter.startswith(TUNED)
+    drafter, settings = opened(drafter, settings)
     name = drafter.partition(":")[0]
-    if not hasattr(make_drafter(drafter, target, settings), "plan"):
+    made = make_drafter(drafter, target, settings)
+    lawful = hasattr(made, "plan")
+    if decided or (lawful and TREE & settings.keys()):
+        yield single(target, drafter, settings, lambda: made, known, watch)
+        return
+    if not lawful:
         yield from lawless(target, drafter, settings, known, watch)
         return
     base: Any = make_drafter(drafter, target, settings | {"depth": DEEPEST, "nodes": 0})
@@ -102,19 +116,28 @@ def candidates(
 def lawless(
     target: Target, drafter: str, settings: dict[str, Any], known: Known, watch: Callable[[Drafter], list[Watch]]
 ) -> Iterator[Candidate]:
-    """The settings worth trying of a method without a law, each of a kind of its own."""
-    name = drafter.partition(":")[0]
-    for own in LAWLESS.get(name, [{}]):
-        given = own | settings
+    """The settings worth trying of a method without a law, each once."""
+    tried = list[dict[str, Any]]()
+    for own in LAWLESS.get(drafter.partition(":")[0], [{}]):
+        if (given := own | settings) not in tried:
+            tried.append(given)
+            yield single(target, drafter, given, partial(make_drafter, drafter, target, given), known, watch)
 
-        def make(given: dict[str, Any] = given) -> Drafter:
-            return make_drafter(drafter, target, given)
 
-        if name in FROM_TEXT:
-            walks = [walk(offers, ALL, ALL) for offers in recorded(target, known, lambda t, m=make: Asked(m(), t))]
-        else:
-            walks = [Walk([r.forwards for r in w.rows], w.widths, [1] * len(w.widths)) for w in watch(make())]
-        yield Candidate(drafter, f"{drafter} {given}", given, make, walks, known.tokens, True)
+def single(
+    target: Target,
+    drafter: str,
+    settings: dict[str, Any],
+    make: Callable[[], Drafter],
+    known: Known,
+    watch: Callable[[Drafter], list[Watch]],
+) -> Candidate:
+    """These settings as they are, a kind of their own."""
+    if drafter.partition(":")[0] in FROM_TEXT:
+        walks = [walk(offers, ALL, ALL) for offers in recorded(target, known, lambda texts: Asked(make(), texts))]
+    else:
+        walks = [Walk([r.forwards for r in w.rows], w.widths, [1] * len(w.widths)) for w in watch(make())]
+    return Candidate(drafter, f"{drafter} {settings}", settings, make, walks, known.tokens, True)
 
 
 def chains(target: Target, drafter: str, settings: dict[str, Any], base: Any, known: Known) -> Iterator[Candidate]:

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
+from foretoken.bench.files import prompts_in, said
 from foretoken.errors import UserError, at_least, unknown
-from foretoken.prompts import batch, checked, read
+from foretoken.prompts import read
 from foretoken.target import Target
 from foretoken.text import decode
 from foretoken.training.encode import Encoder
 from foretoken.training.prompts import ids_of
-from foretoken.training.records import Message, messages
+from foretoken.training.records import Message
 from foretoken.training.sources import documents
 
 TASKS: dict[str, str] = {
@@ -295,11 +296,7 @@ def of_questions(
 
 def of_file(target: Target, limit: int, frame: Frame, seed: int, *, path: Path) -> list[Found]:
     """The prompts of a user's file, numbered from 1."""
-    if path.suffix == ".txt":
-        asked: list[str | list[Message]] = [*batch(path)]
-    else:
-        asked = of_lines(target, path)
-    numbered = [(f"{path.stem}-{i}", prompt) for i, prompt in enumerate(asked, 1)]
+    numbered = [(f"{path.stem}-{i}", prompt) for i, prompt in enumerate(prompts_in(target, path), 1)]
     return drawn(target, numbered, limit, frame, seed)
 
 
@@ -310,12 +307,6 @@ def drawn(
     require_tokenizer(target)
     chosen = Random(seed).sample(asked, len(asked))[:limit]
     return [(id_, cut(target, ids_of(target, prompt), frame.room)) for id_, prompt in chosen]
-
-
-def said(target: Target, turn: str) -> str | list[Message]:
-    """What a user says: a chat where the tokenizer has a template for it, else the words."""
-    templated = getattr(target.tokenizer, "chat_template", None) is not None
-    return [{"role": "user", "content": turn}] if templated else turn
 
 
 def checked_file(path: Path) -> Path:
@@ -329,44 +320,6 @@ def checked_file(path: Path) -> Path:
             'or "messages".'
         )
     return path
-
-
-def of_lines(target: Target, path: Path) -> list[str | list[Message]]:
-    """The prompt in each line of a .jsonl file."""
-    lines = [(i, line) for i, line in enumerate(read(path).split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{str(path)!r} holds no prompt; write one per line.")
-    return [of_line(target, line, f"{str(path)!r}, line {i}") for i, line in lines]
-
-
-def of_line(target: Target, line: str, place: str) -> str | list[Message]:
-    """ "prompt", the first of "turns", or the chat in "messages" or "conversations", without an answer at its end."""
-    need = 'write one object with "prompt", "turns" or "messages" per line.'
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place} is no JSON; {need}") from error
-    fields = cast(dict[str, Any], record) if isinstance(record, dict) else {}
-    prompt, turns = fields.get("prompt"), fields.get("turns")
-    chat = fields.get("messages", fields.get("conversations", prompt))
-    if isinstance(chat, list) and chat:
-        return asked_in(target, messages(cast(list[Any], chat), place), place)
-    if isinstance(prompt, str):
-        return checked(prompt, place)
-    if isinstance(turns, list) and turns and isinstance(first := cast(list[Any], turns)[0], str):
-        return said(target, checked(first, place))
-    raise UserError(f"{place} has no prompt; {need}")
-
-
-def asked_in(target: Target, chat: list[Message], place: str) -> list[Message]:
-    """The chat up to where the assistant is to speak; `UserError` if the target cannot read chats."""
-    if getattr(target.tokenizer, "chat_template", None) is None:
-        raise UserError(f'{place} is a chat, and {target.name!r} has no chat template; write its text as "prompt".')
-    while chat and chat[-1]["role"] == "assistant":
-        chat = chat[:-1]
-    if not chat:
-        raise UserError(f"{place} is a chat in which nobody asks; begin it with a user's turn.")
-    return chat
 
 
 def cut(target: Target, ids: list[int], room: int | None) -> list[int]:

@@ -19,7 +19,8 @@ from rich.table import Table
 
 from foretoken.bench.engine import Watch, decode
 from foretoken.bench.machine import Machine
-from foretoken.bench.methods import methods
+from foretoken.bench.methods import Method, methods
+from foretoken.bench.predict import running
 from foretoken.bench.rows import PLAIN
 from foretoken.bench.shapes import Candidate, Known, candidates
 from foretoken.bench.tasks import Prompt, prompts
@@ -34,12 +35,12 @@ from foretoken.progress import Update, progress
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
 from foretoken.target import Target
-from foretoken.tuned import Tuned
+from foretoken.tuned import Tuned, opened
 
 CORNER = 24
 """New tokens of the decoding that times a corner."""
 FINALISTS = 4
-"""Candidates that are decoded to see, of at most this many drafters, the best of each."""
+"""Candidates that are decoded to see, the best of each kind."""
 RACES = 5
 """Times that each is."""
 PAYS = 1.02
@@ -107,8 +108,8 @@ class Tuner:
 
     def seconds(self, forwards: Sequence[int], widths: Sequence[int], rest: Sequence[float]) -> float:
         """Of decoding a group whose rows need so many `forwards`, by the width and other work of each step."""
-        running = [sum(n > step for n in forwards) for step in range(len(widths))]
-        return sum(self.forward(b, w) + r for b, w, r in zip(running, widths, rest, strict=True))
+        rows = running(forwards, len(widths))
+        return sum(self.forward(b, w) + r for b, w, r in zip(rows, widths, rest, strict=True))
 
     @property
     def plainly(self) -> float:
@@ -176,6 +177,25 @@ def rest_of(watches: Sequence[Watch]) -> tuple[float, float]:
     return mean(calm) + own, mean(n - 1 for w in watches for n in w.widths)
 
 
+def tunable(drafters: Sequence[str]) -> list[Method]:
+    """The methods to choose from; `UserError` for what the tuner does not choose: rules, and drafts that adapt."""
+    found = [m for m in methods(drafters) if m.name != PLAIN]
+    if not found:
+        raise UserError("Only plain decoding came, and it always takes part; give --drafters others, such as suffix.")
+    for m in found:
+        if m.rule != "match":
+            raise UserError(
+                f"{m.label!r} came with a rule, and drafts are tuned for the rule match; leave rule= out, or compare "
+                "rules with `foretoken bench`."
+            )
+        if "adaptive" in opened(m.drafter, m.settings)[1]:
+            raise UserError(
+                f"{m.label!r} came with adaptive=, and a draft that adapts has no shape to choose; leave it out, and "
+                "add it where the choice is used."
+            )
+    return found
+
+
 def tune(
     target: Target,
     drafters: Sequence[str],
@@ -187,12 +207,12 @@ def tune(
     seed: int = 0,
     update: Update = lambda what, done, total: None,
 ) -> Tuning:
-    """The best of these drafters, each NAME[:PATH][,key=value ...], and of their drafts.
+    """The best of these drafters, each NAME[:PATH][,key=value ...] or @FILE, and of their drafts.
 
-    drafters  settings that are given stay as they are
+    drafters  settings that are given stay as they are; `UserError` if none of them can run
     texts     prompts like those to be decoded, `batch` or more
     """
-    asked = [m for m in methods(drafters) if m.drafter != PLAIN]
+    asked = tunable(drafters)
     update("decoding plainly", 0, len(asked))
     tuner = Tuner(target, texts, batch=batch, temperature=temperature, new=new, seed=seed)
     scored, refused = list[Scored](), dict[str, str]()
@@ -203,13 +223,15 @@ def tune(
             scored += tuner.score(found)
         except UserError as error:
             refused[method.label] = str(error)
+    if not scored:
+        reasons = " ".join(f"{label}: {reason}" for label, reason in refused.items())
+        raise UserError(f"No drafter that was given can run here, so there is nothing to choose from. {reasons}")
     scored.sort(key=lambda s: -s.predicted)
     best_of_kind = {s.candidate.kind: s for s in reversed(scored)}
     finalists = sorted(best_of_kind.values(), key=lambda s: -s.predicted)[:FINALISTS]
     raced = tuner.race(finalists, lambda n: update("decoding with the best", n, RACES + 1))
-    best = max(raced, key=lambda s: s.measured or 0.0, default=None)
-    if best is not None and (best.measured or 0.0) < PAYS:
-        best = None
+    fastest = max(raced, key=lambda s: s.measured or 0.0)
+    best = fastest if (fastest.measured or 0.0) >= PAYS else None
     known = {id(s.candidate): s for s in raced}
     return Tuning(best, [known.get(id(s.candidate), s) for s in scored], tuner.forwards, refused)
 
@@ -247,7 +269,7 @@ def run(
     attention: str | None,
 ) -> None:
     """Tune, print what was found and write the choice."""
-    methods(drafters)  # what can be refused at once is
+    tunable(drafters)  # what can be refused at once is
     target = load(model, dtype=dtype, device=device, attention=attention)
     found = prompts(target, tasks, limit=max(limit, batch), new=new, seed=seed)
     with progress() as update:
@@ -278,14 +300,14 @@ def show(tuning: Tuning, choice: Tuned, out: Path) -> None:
         console.print(f"{label} was left out: {reason}")
     how = f"batch {choice.batch}, temperature {choice.temperature:g}"
     if tuning.best is None:
-        best = max((s.measured or 0.0 for s in tuning.scored), default=0.0)
+        best = max(s.measured or 0.0 for s in tuning.scored)
         console.print(
-            f"Plain decoding is fastest here ({how}): {len(tuning.scored)} drafts were computed, and the best of those "
-            f"that were decoded reached {best:.2f} times its speed."
+            f"Plain decoding is fastest here ({how}): of the drafts that were decoded the best reached {best:.2f} "
+            f"times its speed (drafts computed: {len(tuning.scored)})."
         )
     else:
         console.print(
             f"{tuning.best.candidate.label}: predicted {choice.predicted:.2f}, measured {choice.measured:.2f} times "
-            f"plain decoding's speed ({how}; {len(tuning.scored)} drafts computed)."
+            f"plain decoding's speed ({how}; drafts computed: {len(tuning.scored)})."
         )
     console.print(f"Written to {out}; use it as --drafter @{out}")

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import math
 from typing import Annotated
 
 import typer
@@ -66,6 +67,6 @@ def numbers(option: str, text: str) -> list[float]:
         found = [float(part) for part in text.replace(",", " ").split()]
     except ValueError:
         found = []
-    if not found or min(found) < 0:
+    if not found or not all(0 <= n < math.inf for n in found):
         raise UserError(f"{option} is {text!r}; give numbers of 0 or more, separated by commas.")
     return found

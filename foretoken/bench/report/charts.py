@@ -56,6 +56,14 @@ def styles(summary: Summary) -> dict[str, int]:
     return {name: i for i, name in enumerate(names[:MOST])}
 
 
+def most_accepting(summary: Summary, temperature: float) -> dict[str, int]:
+    """The methods of the most tokens per forward, drawn as in the other figures; new ones take what is left over."""
+    taus = {m.name: m.tau.get(temperature, 0.0) for m in summary.methods if temperature in m.acceptance}
+    names, style = sorted(taus, key=lambda n: -taus[n])[:MOST], styles(summary)
+    free = iter(set(range(MOST)) - {style[name] for name in names if name in style})
+    return {name: style[name] if name in style else next(free) for name in names}
+
+
 def speedups(summary: Summary, temperature: float) -> Chart | None:
     """Speed-up per method and task: medians, quartiles, and the mean over tasks."""
     methods = [m.name for m in summary.methods if (m.name, temperature, summary.base) in summary.overall]
@@ -94,9 +102,8 @@ def speedups(summary: Summary, temperature: float) -> Chart | None:
 
 def acceptance(summary: Summary, temperature: float) -> Chart | None:
     """P(the first i guesses were accepted) against i."""
-    style = styles(summary)
-    found = {m.name: m.acceptance[temperature] for m in summary.methods if temperature in m.acceptance}
-    found = {name: a.unconditional for name, a in found.items() if name in style}
+    style = most_accepting(summary, temperature)
+    found = {m.name: m.acceptance[temperature].unconditional for m in summary.methods if m.name in style}
     if not found:
         return None
     figure, axes = drawing(3.1)

@@ -27,7 +27,7 @@ class Vllm:
         self.params = vllm.SamplingParams
         options: dict[str, Any] = {
             "dtype": load.dtype,
-            "max_model_len": load.most + 1,
+            "max_model_len": load.most,  # which may be all of the context, so no more
             "max_num_seqs": load.batch,
             "max_num_batched_tokens": max(load.most * load.batch, 2048),
             "gpu_memory_utilization": 0.5,
