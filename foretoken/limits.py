@@ -30,7 +30,7 @@ NOMINAL = 1.0
 """The same of a draft before which the drafter read prompts, which is no part of decoding."""
 PAUSE = 3.0
 """A step that took so many times what is usual was interrupted: no more is charged."""
-FIRST, LAST = 4, 64
+FIRST, LAST = 4, 32
 """Plain steps before drafting is tried again, at first and after many failures."""
 FARTHER = 4
 """A limit so many times as deep as the deepest that was timed may be tried."""
@@ -206,8 +206,8 @@ class Policy:
     def decide(self, times: Times, feed: Feed, rows: Rows) -> int:
         """The limit of most tokens per time; now and then one although none pays."""
         self.kept = 0
-        if self.rest > FIRST and rows.fresh:
-            self.rest = FIRST
+        if rows.fresh:
+            self.rest, self.wait = min(self.rest, FIRST), FIRST
         if times.due:
             return 0
         if self.rest > 0:

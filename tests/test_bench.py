@@ -22,7 +22,7 @@ from foretoken.bench.compare import Comparison, earlier, run
 from foretoken.bench.engine import decode, extra_parameters, held, read_per_forward
 from foretoken.bench.entries import Ours, Taken
 from foretoken.bench.methods import label_of, methods, split
-from foretoken.bench.predict import forward, predicted, seconds_of
+from foretoken.bench.predict import cost_of, forward, predicted, seconds_of
 from foretoken.bench.report.contents import skipped
 from foretoken.bench.report.summary import summarize
 from foretoken.bench.rows import FILE, Cost, Results, Row, Run, Skip, Writer, read
@@ -416,6 +416,25 @@ def test_a_prediction_by_hand():
     assert seconds_of(rows, slower, by_batch) == pytest.approx(3 * 0.75 + 2 * (2.5 + 1.5 + 1.5))
     assert predicted(results, "m", 1.0, 2, "t") is None
     assert predicted(results, "m", 0.0, 4, "t") is None
+
+
+def test_a_slow_moment_of_the_machine_is_no_property_of_a_method():
+    """Everything takes twice as long while one cell is timed; in another a single timing went wrong."""
+    costs = [
+        Cost("r", 1, method, task, draft=0.1, own=slow * own, judging=slow * judging)
+        for task, slow in (("t", 1.0), ("u", 2.0), ("v", 1.0))
+        for method, own, judging in (("none", 0.1, 1.0), ("m", 0.5, 1.2), ("n", 0.2, 1.1))
+    ]
+    for task, slow in (("t", 1.0), ("u", 2.0), ("v", 1.0)):
+        found = cost_of(costs, "m", 0.0, 1, task)
+        assert found is not None
+        assert (found.draft, found.own, found.judging) == pytest.approx((0.1, 0.5 * slow, 1.2 * slow))
+    odd = [replace(c, own=5.0, judging=9.0) if (c.method, c.task) == ("m", "v") else c for c in costs]
+    found = cost_of(odd, "m", 0.0, 1, "v")
+    assert found is not None
+    assert found.judging == pytest.approx(1.2, rel=0.1)
+    assert found.own == pytest.approx(0.5, rel=0.1)
+    assert cost_of(costs, "m", 1.0, 1, "t") is None
 
 
 # ------------------------------------------------------------------------------------------------------- command line

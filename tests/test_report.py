@@ -15,7 +15,7 @@ from foretoken.bench.report import page as report
 from foretoken.bench.report.contents import sections
 from foretoken.bench.report.figures import Acceptance, Overall, Place, Spread
 from foretoken.bench.report.samples import samples
-from foretoken.bench.report.summary import foretold, foretold_over_tasks, summarize, within
+from foretoken.bench.report.summary import foretold, foretold_by_method, summarize, within
 from foretoken.bench.report.tables import Table, amount, escaped, html, markdown, size
 from foretoken.bench.report.versus import versus
 from foretoken.bench.rows import FILE, Cost, Results, Row, Run, Skip, Writer, read
@@ -303,7 +303,7 @@ def test_a_prediction_counts_within_ten_per_cent_of_the_measured():
     rows = [row(m, rate, task=t) for t in expected for m, rate in (("none", 100), ("suffix", 200))]
     summary = summarize(Results([RUN], rows, [], []), lambda results, method, t, batch, task: expected[task])
     assert within(foretold(summary).values()) == (2, 3)
-    (pair,) = foretold_over_tasks(summary).values()
+    (pair,) = foretold_by_method(summary).values()
     assert pair == pytest.approx(((2.19 * 1.85 * 2.21) ** (1 / 3), 2.0))
     assert summary.cells[Place("none", "code", 0.0, 1)].predicted is None
 

@@ -47,14 +47,24 @@ def cost_of(costs: Sequence[Cost], method: str, temperature: float, batch: int, 
     """What a step of the method takes besides its forward, in this cell.
 
     Proposals depend on the text and the temperature. Own work does not depend on the text, `judging` on neither, so all
-    that was timed of them at this batch size counts, the median of it: one timing is at the mercy of its moment.
+    that was timed of them at this batch size counts, the median of it, each over the machine's pace in its cell: one
+    timing is at the mercy of its moment.
     """
     mine = [c for c in costs if (c.method, c.batch) == (method, batch)]
     here = [c for c in mine if (c.temperature, c.task) == (temperature, task)]
     if not here:
         return None
-    alike = [c for c in mine if c.temperature == temperature]
-    return replace(here[-1], own=median(c.own for c in alike), judging=median(c.judging for c in mine))
+    paces = {(c.temperature, c.task): pace(costs, c) for c in mine}
+    now = paces[temperature, task]
+    own = median(c.own / paces[c.temperature, c.task] for c in mine if c.temperature == temperature)
+    judging = median(c.judging / paces[c.temperature, c.task] for c in mine)
+    return replace(here[-1], own=now * own, judging=now * judging)
+
+
+def pace(costs: Sequence[Cost], cell: Cost) -> float:
+    """How much longer than on their own forwards took when this cell was timed, by all its methods together."""
+    place = (cell.temperature, cell.batch, cell.task)
+    return median(c.judging for c in costs if c.method and (c.temperature, c.batch, c.task) == place)
 
 
 def seconds_of(rows: Sequence[Row], cost: Cost, forwards: dict[int, Cost]) -> float:

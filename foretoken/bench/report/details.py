@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from foretoken.bench.report import charts
 from foretoken.bench.report.figures import Cell, Method, Overall, Spread
-from foretoken.bench.report.summary import Summary, foretold, foretold_over_tasks, within
+from foretoken.bench.report.summary import Summary, foretold, foretold_by_method, within
 from foretoken.bench.report.tables import DASH, Section, Shown, Table, fixed, percent, sameness, size, times
 from foretoken.bench.rows import PLAIN
 
@@ -129,7 +129,7 @@ def predictions(summary: Summary) -> Section:
     if chart is None:
         return Section(title, ["Nothing was predicted: the costs of the parts were not timed."])
     good, total = within(foretold(summary).values())
-    pooled, methods = within(foretold_over_tasks(summary).values())
+    pooled, methods = within(foretold_by_method(summary).values())
     rows = [
         (
             *(c.place.method, c.place.task, f"{c.place.temperature:g}", str(c.place.batch)),
@@ -140,8 +140,8 @@ def predictions(summary: Summary) -> Section:
     ]
     head = ("method", "task", "T", "batch", "measured", "predicted", "predicted / measured")
     notes = [
-        f"{good} of {total} cells within 10 % of what was measured; over the tasks together {pooled} of {methods}, one "
-        "for each method, temperature and batch."
+        f"Within 10 % of what was measured: {pooled} of {methods} (method, batch), over tasks and temperatures; "
+        f"{good} of {total} single cells."
     ]
     return Section(title, notes, charts=[chart], folded=[Table("Predicted and measured", head, rows, 2)])
 

@@ -233,11 +233,11 @@ def foretold(summary: Summary) -> dict[Place, tuple[float, float]]:
     }
 
 
-def foretold_over_tasks(summary: Summary) -> dict[tuple[str, float, int], tuple[float, float]]:
-    """The same of each method, temperature and batch: geometric means over tasks."""
-    found: defaultdict[tuple[str, float, int], list[tuple[float, float]]] = defaultdict(list)
+def foretold_by_method(summary: Summary) -> dict[tuple[str, int], tuple[float, float]]:
+    """The same of each method and batch: geometric means over tasks and temperatures."""
+    found: defaultdict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for place, pair in foretold(summary).items():
-        found[place.method, place.temperature, place.batch].append(pair)
+        found[place.method, place.batch].append(pair)
     return {key: (geometric([p for p, _ in pairs]), geometric([m for _, m in pairs])) for key, pairs in found.items()}
 
 
