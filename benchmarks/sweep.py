@@ -21,7 +21,7 @@ from foretoken.bench.tune import Tuner, tune
 from foretoken.drafter import Drafter
 from foretoken.loading import load
 
-RACED, TURNS = 5, 9
+RACED, TURNS = 5, 15
 
 
 def seconds(tuner: Tuner, drafter: Drafter) -> float:
