@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from foretoken.bench.engine import Watch
+from foretoken.bench.methods import label_of
 from foretoken.bench.offers import Asked, Grown, Offers, Walk, ask, walk
 from foretoken.decode import Request
 from foretoken.drafter import Drafter
@@ -83,7 +84,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return ", ".join([self.drafter.rpartition("/")[2], *(f"{k} {v}" for k, v in self.settings.items())])
+        return label_of(self.drafter, {k: str(v) for k, v in self.settings.items()}, "match")
 
 
 def candidates(
