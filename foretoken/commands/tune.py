@@ -14,7 +14,7 @@ def tune(
         list[str] | None,
         typer.Option(
             metavar="NAME[:PATH][,KEY=VALUE],...",
-            help="What to choose from, or @FILE; settings that are given stay. Without: prompt_lookup,suffix,lookahead.",
+            help="What to choose from, or @FILE; what is given stays. Without: prompt_lookup,suffix,lookahead.",
             rich_help_panel=METHOD,
         ),
     ] = None,
