@@ -37,6 +37,7 @@ from foretoken.generation import decode_all
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
 from tests.models import ASSETS, BITSTORIES, STORIES, asset
+from tests.signals import listening
 
 MEDUSA = f"medusa:{ASSETS / 'stdlib5M-medusa'}"
 CODE = str(ASSETS / "stdlib5M")
@@ -492,7 +493,11 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path):
     ]
     options = ["--prompts", "random", "--limit", "8", "--max-new-tokens", "60", "--repeats", "9"]
     process = subprocess.Popen(
-        [*command, *options], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*command, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=listening,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not (tmp_path / FILE).exists() or len(read(tmp_path).rows) < 4):

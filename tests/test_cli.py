@@ -23,6 +23,7 @@ from foretoken import Sampling
 from foretoken.cli import app, chat, generate, out_of_memory
 from foretoken.drafters import METHODS, module_of
 from tests.models import BITSTORIES, STORIES, asset
+from tests.signals import listening
 
 PROMPT = "Once upon a time"
 
@@ -429,7 +430,10 @@ def test_ctrl_c_stops_a_real_answer():
     """What had come is on stdout, nothing but a line break on stderr, and the shell sees 130."""
     command = [sys.executable, "-m", "foretoken.cli", "generate", BITSTORIES, "--prompt", PROMPT]
     with subprocess.Popen(
-        [*command, "--max-new-tokens", "500"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--max-new-tokens", "500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=listening,
     ) as process:
         assert process.stdout is not None
         first = process.stdout.read(5)
