@@ -430,7 +430,7 @@ def test_lossy_methods_and_what_was_skipped_are_said(written: tuple[str, str]):
     assert "**LOSSY: typical**" in text
     assert "| llama.cpp:draft | 8 | 1 | llama-server is not installed" in text
     assert "| medusa, typical | 0 | 1 | 3 of 12 | 0.4 |" in text
-    assert "90 of 90 cells within 10 %" in text
+    assert "90 of 90 single cells" in text
 
 
 def test_markdown_tables_have_as_many_cells_in_every_row(written: tuple[str, str]):
