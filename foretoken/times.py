@@ -15,6 +15,8 @@ EARLY, PLAIN = 4, 64
 """Drafted steps between the first plain step and the second, and between any others."""
 OLD = 256
 """Steps after which a timing counts half."""
+FAINT = 0.01
+"""What a timing counts at least, however old: of nothing but vanishing weights no line could be drawn."""
 POOLED = 30.0
 """Timings of a limit that count as much as the straight line through all."""
 
@@ -79,7 +81,8 @@ class Times:
 
     def weight(self, limit: int) -> float:
         """Timings that are kept of a limit, the less the older they are; one if they are another batch size's."""
-        return max(1, len(self.recent.get(limit, ()))) * 0.5 ** ((self.count - self.seen.get(limit, 0)) / OLD)
+        age = self.count - self.seen.get(limit, 0)
+        return max(1, len(self.recent.get(limit, ()))) * max(FAINT, 0.5 ** (age / OLD))
 
 
 def straight(x: Whole, y: Vector, weight: Vector, at: Whole) -> Vector:

@@ -444,6 +444,14 @@ def test_times_never_fall_and_a_few_slow_steps_count_little():
     assert steady.ratios(limits)[3] < 0.9 * after[3]  # and less the longer ago it was
 
 
+@pytest.mark.filterwarnings("error")
+def test_times_of_very_long_ago_still_say_something():
+    """A million plain steps behind the last drafted one: answers so short that none is drafted for."""
+    times, limits = times_with(d0=1.0, d1=1.2, d2=1.4), np.array([1, 2, 4])
+    times.count += 10**6
+    assert times.ratios(limits) == pytest.approx([1.2, 1.4, 1.8])
+
+
 def test_other_rows_are_not_timed(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr(limits, "perf_counter", lambda: now[0])
