@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python -m
 # Two test processes, one thread each: threads of two processes on one core slow each other tenfold.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo test test-all lint types study clean
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=$$(nproc) $(RUN) foretoken.cli demo
@@ -18,6 +18,9 @@ test: $(VENV)/dev
 
 test-all: $(VENV)/dev
 	$(RUN) pytest -n auto
+
+study: $(VENV)/dev
+	$(VENV)/bin/python docs/study/regenerate.py
 
 lint: $(VENV)/dev
 	$(RUN) ruff check .

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from foretoken.bench.machine import Machine
+from foretoken.machine import Machine
 from foretoken.bench.tasks import prompts
 from foretoken.decode import Request, Row
 from foretoken.drafter import Feed

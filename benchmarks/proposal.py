@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from foretoken.bench.machine import Machine
+from foretoken.machine import Machine
 from foretoken.drafters import make_drafter
 from foretoken.feedback import Recurrent
 from foretoken.loading import load

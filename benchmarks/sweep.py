@@ -14,7 +14,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from foretoken.bench.machine import Machine
+from foretoken.machine import Machine
 from foretoken.bench.shapes import Candidate
 from foretoken.bench.tasks import prompts
 from foretoken.bench.tune import Tuner, tune

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foretoken.bench.machine import Machine
+from foretoken.machine import Machine
 from foretoken.drafters import mtp
 from foretoken.objective import Batch
 from foretoken.target import Target

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foretoken.bench.machine import Machine
+from foretoken.machine import Machine
 from foretoken.drafters import mtp
 from foretoken.objective import IGNORED, Batch
 from foretoken.target import Target

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from foretoken.bench.machine import Machine
+from foretoken.machine import Machine
 from foretoken.decode import Request
 from foretoken.drafters import make_drafter
 from foretoken.generation import decode_all

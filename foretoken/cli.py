@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from foretoken.commands.analyze import analyze
 from foretoken.commands.bench import bench
 from foretoken.commands.bench_step import bench_step
 from foretoken.commands.calibrate import calibrate
@@ -74,6 +75,7 @@ app = typer.Typer(
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(plan, name="plan")
+app.add_typer(analyze, name="analyze")
 
 
 def main() -> None:

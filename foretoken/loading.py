@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from foretoken.attention import adopt
@@ -44,14 +44,29 @@ def load(
     `UserError` if there is no model, the model cannot branch (decided before weights load), or weights are missing or
     cut short.
     """
-    name = str(path)
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
     if attention is not None and attention not in TREE_ATTENTION:
         raise unknown("attention implementation that reads trees", attention, TREE_ATTENTION)
+    name = str(path)
     config = read_config(name)
+    layer_windows(config.get_text_config(decoder=True), model_class_of(config))
+    model = load_model(name, config, dtype=dtype, device=device, attention=attention)
+    if attention is None:
+        adopt(model)
+    return Target(model, read_tokenizer(name, config))
+
+
+def load_model(
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """The causal language model at `name`, whether it can branch or not; arguments and errors as `load`'s."""
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     model_class = model_class_of(config)
-    layer_windows(config.get_text_config(decoder=True), model_class)
     where = device_of(device)
     options: dict[str, Any] = {"dtype": DTYPES[dtype] if isinstance(dtype, str) else dtype or "auto"}
     if attention is not None:
@@ -70,11 +85,9 @@ def load(
             f"The weights of {name!r} lack {len(missing)} tensors, {missing[0]!r} first; the checkpoint is incomplete: "
             "fetch it again."
         )
-    if attention is None:
-        adopt(model)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # torch has no grouped product in float64
-    return Target(model.to(where), read_tokenizer(name, config))
+    return model.to(where).eval()
 
 
 def device_of(device: str | torch.device | None) -> torch.device:

@@ -44,6 +44,8 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lookahead": ("lookahead", {"window": 4, "ngram": 3, "guesses": 3}),
     "early_exit": ("early_exit", {"layers": 1, "depth": 3}),
     "early_tree": ("early_exit", {"layers": 1, "depth": 2, "width": 3}),
+    "marginal": ("marginal", {"depth": 3, "most": 5}),
+    "marginal_tree": ("marginal", {"depth": 2, "most": 9, "mass": 0.8, "width": 3}),
     "mtp": ("mtp", {"heads": 4}),
     "mtp_tree": ("mtp", {"heads": 3, "kind": "causal", "width": 3}),
     "blockwise": ("blockwise", {"heads": 4}),
@@ -67,7 +69,7 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TRAINED = ("mtp", "blockwise", "medusa", "weighted_heads", "deepseek_mtp", "eagle")
 """Drafters with heads; here untrained ones with noise, which guess right now and then."""
-ALIKE = ("draft_stop", "draft_paths", "draft_hardware", "eagle_3", "eagle_paths", "hybrid_chain", "hybrid_tree")
+ALIKE = ("draft_stop", "marginal", "draft_paths", "draft_hardware", "eagle_3", "eagle_paths", "hybrid_chain", "hybrid_tree")
 ALIKE += tuple(key for key in DRAFTERS if key.startswith("adaptive_"))
 """Ask nothing of a family that others do not ask: every fourth family is enough."""
 TEMPERATURES = (0.0, 0.7, 1.3)

@@ -630,11 +630,13 @@ def joint_of(target: Target, prompt: list[int], length: int) -> Tensor:
         ("rejection", "draft_model", {"depth": 2, "width": 3}),
         ("rejection", "draft_model", {"depth": 3, "width": 2, "stop": 0.4}),
         ("rejection", "early_exit", {"layers": 1, "depth": 2, "width": 2}),
+        ("rejection", "marginal", {"depth": 2, "most": 3, "width": 2}),
         ("rejection", "lookahead", {"window": 2, "ngram": 3, "guesses": 2}),
         ("rejection", "jacobi", {"length": 2}),
         ("block", "draft_model", {"depth": 3}),
         ("block", "early_exit", {"layers": 1, "depth": 3, "stop": 0.4}),
         ("block", "jacobi", {"length": 2}),
+        ("block", "marginal", {"depth": 2}),
     ],
 )
 def test_sessions_have_the_models_joint_law(rule, name, how):

@@ -31,6 +31,7 @@ CORE = [
     "text",
     "drafter",
     "costs",
+    "marginal",
     "grow",
     "paths",
     "plan",

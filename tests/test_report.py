@@ -16,10 +16,10 @@ from foretoken.bench.report.contents import sections
 from foretoken.bench.report.figures import Acceptance, Overall, Place, Spread
 from foretoken.bench.report.samples import samples
 from foretoken.bench.report.summary import foretold, foretold_by_method, summarize, within
-from foretoken.bench.report.tables import Table, amount, escaped, html, markdown, size
 from foretoken.bench.report.versus import versus
 from foretoken.bench.rows import FILE, Cost, Results, Row, Run, Skip, Writer, read
 from foretoken.errors import UserError
+from foretoken.report.tables import Table, amount, escaped, html, markdown, size
 from tests.models import BITSTORIES
 
 MACHINE = {"processor": "A CPU (AVX512)", "threads": 2, "memory_gib": 31.2, "python": "3.11.2", "torch": "2.11.0"}

@@ -18,7 +18,6 @@ from rich.console import Console
 from foretoken.bench.cells import Ask, Group, groups, other, too_few
 from foretoken.bench.engine import Watch, read_per_forward
 from foretoken.bench.entries import Entry, Ours, Taken, Theirs, peer_methods
-from foretoken.bench.machine import Machine, read_bandwidth
 from foretoken.bench.methods import methods
 from foretoken.bench.predict import forward, predicted, running
 from foretoken.bench.rows import EVERY, FILE, PLAIN, Cost, Results, Run, Skip, Writer, read
@@ -27,6 +26,7 @@ from foretoken.bench.tasks import Prompt, prompts
 from foretoken.costs import measure
 from foretoken.errors import UserError
 from foretoken.loading import load
+from foretoken.machine import Machine, read_bandwidth
 from foretoken.progress import Update, progress
 from foretoken.target import Target
 
@@ -250,7 +250,7 @@ def show(results: Results, out: Path) -> None:
     """Print the comparison, and how to see more of it."""
     from foretoken.bench.report.contents import brief
     from foretoken.bench.report.summary import summarize
-    from foretoken.bench.report.tables import terminal
+    from foretoken.report.tables import terminal
 
     console = Console(highlight=False)
     summary = summarize(results, predicted, repr(str(out)))

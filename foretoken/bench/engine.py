@@ -13,11 +13,11 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from foretoken.bench.machine import synchronise
 from foretoken.cache import SlotCache
 from foretoken.decode import Request, Row, Session
 from foretoken.drafter import Drafter, Feed
 from foretoken.generation import decode_all
+from foretoken.machine import synchronise
 from foretoken.rules import Rule
 from foretoken.target import Read, Target
 from foretoken.tree import Draft

@@ -17,6 +17,7 @@ REQUIRES = {
     "jacobi": "nothing",
     "lookahead": "nothing",
     "early_exit": "nothing",
+    "marginal": "nothing",
     "draft_model": "a smaller model with the same tokenizer",
     "mtp": "heads trained with the model, or added to it",
     "blockwise": "heads trained for the model",

@@ -21,12 +21,12 @@ from rich.table import Table
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from foretoken.attention import NAME, adopt
-from foretoken.bench.machine import Machine, read_bandwidth, synchronise
 from foretoken.cache import SlotCache
 from foretoken.decode import Request, Session
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.loading import DTYPES, load
+from foretoken.machine import Machine, read_bandwidth, synchronise
 from foretoken.sampling import Sampling
 from foretoken.target import Target
 from foretoken.tree import Draft, chain

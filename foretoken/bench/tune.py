@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from foretoken.bench.engine import Watch, decode
-from foretoken.bench.machine import Machine
 from foretoken.bench.methods import Method, methods
 from foretoken.bench.predict import running
 from foretoken.bench.rows import PLAIN
@@ -31,6 +30,7 @@ from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.generation import decode_all, end_tokens
 from foretoken.loading import load
+from foretoken.machine import Machine
 from foretoken.progress import Update, progress
 from foretoken.rules import Match
 from foretoken.sampling import Sampling

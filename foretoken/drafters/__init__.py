@@ -24,6 +24,7 @@ METHODS = {
     "jacobi": "foretoken.drafters.jacobi",
     "lookahead": "foretoken.drafters.lookahead",
     "early_exit": "foretoken.drafters.early_exit",
+    "marginal": "foretoken.drafters.marginal",
     "mtp": "foretoken.drafters.mtp",
     "blockwise": "foretoken.drafters.blockwise",
     "medusa": "foretoken.drafters.medusa",

@@ -6,6 +6,7 @@ one. The paper says only that weights are normalised; softmax, sizes and the hea
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,11 @@ class WeightedHeads:
         """Head i's label is token t + i."""
         unembed = self.target.unembed
         return [Stage(f"head {i}", i, 1.0, head, unembed) for i, head in enumerate(self.heads.heads, 2)]
+
+    def mixtures(self) -> list[list[float]] | None:
+        """Each head's weights of the embedding, of every layer and, last, of the final state; None if it reads that."""
+        found = [cast(Head, head).mixture for head in self.heads.heads]
+        return [mixture.detach().float().softmax(0).tolist() for mixture in found if mixture is not None] or None
 
     def start(self, batch: int, capacity: int) -> Stateless:
         return Stateless()

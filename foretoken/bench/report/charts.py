@@ -1,51 +1,25 @@
-"""The figures of a report as SVG, to be part of a page: its colours are the page's, its texts are text.
-
-A phone shows a figure about as wide as it is drawn, 360 points, so its letters keep their size there.
-"""
-
-import re
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from io import StringIO
-from typing import TYPE_CHECKING, Any
+"""The figures of a comparison."""
 
 from foretoken.bench.report.figures import Cell
 from foretoken.bench.report.summary import Summary
 from foretoken.bench.rows import PLAIN
-from foretoken.errors import UserError
+from foretoken.report.drawing import (
+    BAND,
+    INK,
+    MARKERS,
+    MOST,
+    SOFT,
+    Chart,
+    Key,
+    colour,
+    drawing,
+    keys_of,
+    line,
+    powers,
+    sideways,
+    svg,
+)
 from foretoken.show import visible
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-WIDTH = 5.0
-"""Inches."""
-MOST = 8
-"""Lines in one figure."""
-INK, SOFT, LINE, BAND = "#1b1f24", "#57606a", "#d0d7de", "#e7ebef"
-SERIES = ("#0072b2", "#c04a00", "#008060", "#a6458c", "#9a6a00", "#2b8cbe", "#7a3b1e", "#4b5563")
-"""Told apart by the colour-blind too; each has a marker of its own besides."""
-MARKERS = "os^DvPX*"
-NAMES = {INK: "ink", SOFT: "soft", LINE: "line", BAND: "track", **{c: f"s{i}" for i, c in enumerate(SERIES)}}
-SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "foretoken", "font.size": 10.0, "path.simplify": False}
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What a marker in a figure stands for; `style` counts SERIES, -1 is ink."""
-
-    label: str
-    style: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    name: str
-    svg: str
-    caption: str
-    keys: list[Key]
 
 
 def styles(summary: Summary) -> dict[str, int]:
@@ -194,69 +168,3 @@ def batches(summary: Summary, temperature: float) -> Chart | None:
 def predicted(cell: Cell) -> bool:
     """Whether a cell has both figures."""
     return cell.speedup is not None and cell.predicted is not None
-
-
-def keys_of(style: dict[str, int], found: Iterable[str]) -> list[Key]:
-    shown = set(found)
-    return [Key(name, i) for name, i in style.items() if name in shown]
-
-
-def colour(i: int) -> str:
-    return SERIES[i % MOST]
-
-
-def line(axes: "Axes", x: Sequence[float] | range, y: Sequence[float], style: int) -> None:
-    axes.plot(x, y, color=colour(style), marker=MARKERS[style % MOST], markersize=4.5, linewidth=1.5)
-
-
-def powers(axes: "Axes", values: Sequence[int]) -> None:
-    """A logarithmic axis whose ticks are the values, and no others."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(values, [str(v) for v in values])
-    axes.minorticks_off()
-
-
-def sideways(axes: "Axes") -> Any:
-    """Coordinates: x from 0 to 1 over the axes, y of the data."""
-    return axes.get_yaxis_transform()
-
-
-def drawing(height: float) -> "tuple[Figure, Axes]":
-    """An empty figure of `height` inches, its frame drawn lightly."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("A report's figures need matplotlib; run `pip install 'foretoken[bench]'`.") from error
-    import matplotlib
-
-    with matplotlib.rc_context(SETTINGS):  # pyright: ignore[reportArgumentType]
-        figure = Figure((WIDTH, height), layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
-    axes.tick_params(colors=SOFT, labelcolor=INK, length=3)
-    axes.grid(color=LINE, linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    return figure, axes
-
-
-def svg(figure: "Figure", name: str) -> str:
-    """The figure as an element for a page; every id in it begins with `name`, as several share the page."""
-    import matplotlib
-
-    file = StringIO()
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():  # pyright: ignore[reportArgumentType]
-        warnings.simplefilter("ignore")  # a letter that the font for measuring lacks is the browser's to find
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    prefix = re.sub(r"[^a-z0-9-]", "_", name)
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", text)
-    text = re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img" xmlns:xlink="http://www.w3.org/1999/xlink">', text
-    )
-    return re.sub("|".join(NAMES), lambda m: f"var(--{NAMES[m[0]]})", text)

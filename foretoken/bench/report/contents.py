@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from foretoken.bench.report.details import acceptance, batches, by_task, forwards, parts, predictions
 from foretoken.bench.report.figures import Method, Overall
 from foretoken.bench.report.summary import Summary
-from foretoken.bench.report.tables import (
+from foretoken.bench.rows import PLAIN, Row, Run
+from foretoken.report.tables import (
     DASH,
     Alarm,
     Section,
@@ -20,7 +21,6 @@ from foretoken.bench.report.tables import (
     size,
     times,
 )
-from foretoken.bench.rows import PLAIN, Row, Run
 
 
 def sections(summary: Summary) -> list[Section]:

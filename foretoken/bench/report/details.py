@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from foretoken.bench.report import charts
 from foretoken.bench.report.figures import Cell, Method, Overall, Spread
 from foretoken.bench.report.summary import Summary, foretold, foretold_by_method, within
-from foretoken.bench.report.tables import DASH, Section, Shown, Table, fixed, percent, sameness, size, times
 from foretoken.bench.rows import PLAIN
+from foretoken.report.tables import DASH, Section, Shown, Table, fixed, percent, sameness, size, times
 
 
 def by_task(summary: Summary) -> Section:

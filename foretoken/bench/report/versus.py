@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from foretoken.bench.report.contents import facts_of
 from foretoken.bench.report.figures import Cell, Spread
 from foretoken.bench.report.summary import Summary
-from foretoken.bench.report.tables import DASH, Alarm, Section, Shown, Table, counted, fixed, times
 from foretoken.bench.rows import PLAIN
+from foretoken.report.tables import DASH, Alarm, Section, Shown, Table, counted, fixed, times
 
 
 def versus(a: Summary, b: Summary) -> list[Section]:

@@ -8,8 +8,8 @@ from typing import Protocol
 from rich import table as rich
 from rich.text import Text
 
-from foretoken.bench.report.charts import Chart
 from foretoken.page import text_of
+from foretoken.report.drawing import Chart
 from foretoken.show import visible
 
 DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
@@ -54,13 +54,14 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """`tables` stand open; `folded` ones hold the figures' numbers, and open at a touch."""
+    """`tables` stand open; `folded` ones hold the figures' numbers, and open at a touch; `free` is HTML."""
 
     title: str
     notes: Sequence[Shown] = ()
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     folded: Sequence[Table] = field(default_factory=list[Table])
+    free: str = ""
 
 
 def html(table: Table) -> str:

@@ -1,0 +1,54 @@
+"""What a law p^ that was summed over the tokens between is worth: ranks, overlaps, information, estimates of chains.
+
+Depth k is the token x_{t+k} behind a text x_<=t. The marginal of depth k is
+
+    p(x_{t+k} | x_<=t) = sum over x_{t+1..t+k-1} of p(x_{t+1} | x_<=t) ... p(x_{t+k} | x_<t+k)
+
+(Mehra et al. 2025, arXiv:2502.09419). Cut to paths of mass m it lacks exactly 1 - m of the whole in L1, and divided by
+m it is at most 1 - m away from it in total variation.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rank(law: Tensor, token: Tensor) -> Tensor:
+    """[n] int64: how many tokens of `law` [n, V] come before `token` [n]; of equals the first, as for argmax."""
+    own = law.gather(-1, token[:, None])
+    place = torch.arange(law.shape[-1], device=law.device)
+    return ((law > own) | ((law == own) & (place < token[:, None]))).sum(-1)
+
+
+def overlap(p: Tensor, q: Tensor) -> Tensor:
+    """[n]: sum of min(p, q) over laws [n, V], the chance that a guess drawn from q is accepted (arXiv:2211.17192)."""
+    return torch.minimum(p, q).sum(-1)
+
+
+def entropy(law: Tensor) -> Tensor:
+    """[...]: in nats, of laws [..., V]."""
+    return -torch.xlogy(law, law).sum(-1)
+
+
+def information(total: Tensor, mass: Tensor, entropies: Tensor) -> Tensor:
+    """[n]: I(x_{t+1}; x_{t+2} | x_<=t) in nats, of the law that is cut to the kept x_{t+1} and divided by their mass.
+
+    total      [n, V], sum of p(x_{t+1}) p(. | x_{t+1}) over the kept ones
+    mass       [n], sum of p(x_{t+1})
+    entropies  [n], sum of p(x_{t+1}) H(p(. | x_{t+1}))
+    """
+    return (entropy(total / mass[:, None]) - entropies / mass).clamp(min=0)
+
+
+def survival(ratio: list[float], overlap: list[float]) -> list[float]:
+    """P(the first i guesses are accepted), estimated without bias along one path x drawn from the target.
+
+    ratio    min(1, q_i(x_i) / p_i(x_i)) at each guess's place
+    overlap  sum of min(p_i, q_i) there
+
+    Chains drawn from q survive i guesses with probability sum_x prod min(p_j, q_j) = E_p[prod_{j<i} ratio_j overlap_i].
+    """
+    found, before = list[float](), 1.0
+    for here, whole in zip(ratio, overlap, strict=True):
+        found.append(before * whole)
+        before *= here
+    return found

@@ -1,0 +1,53 @@
+"""Options that all analyses share, and how they end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foretoken.commands.options import INPUT, MODEL, OUTPUT
+
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        help="A file, a folder or a glob of text or JSONL, hf:NAME for a dataset, or stdlib.",
+        show_default=False,
+        rich_help_panel=INPUT,
+    ),
+]
+Limit = Annotated[int, typer.Option(metavar="N", min=0, help="Tokens of the text; 0: all.", rich_help_panel=INPUT)]
+Length = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, help="Tokens of a window; 0: 512, or the context.", rich_help_panel=INPUT),
+]
+Models = Annotated[
+    str | None,
+    typer.Option(metavar="M,M", help="Further models, for the plots against size.", rich_help_panel=MODEL),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="The folder of rows, page and figures; what it holds is gone on with.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+def listed(models: str | None) -> list[str]:
+    """The names in a list with commas."""
+    return [name for part in (models or "").split(",") if (name := part.strip())]
+
+
+def finish(folder: Path, notes: Sequence[str] = ()) -> None:
+    """Write the page of everything in the folder, and say what was done and where it is."""
+    from foretoken.study.page import write
+
+    for note in notes:
+        typer.echo(f"Note: {note}", err=True)
+    for file in write(folder):
+        if file.suffix in (".html", ".md"):
+            typer.echo(str(file))

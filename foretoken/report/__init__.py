@@ -1,0 +1,1 @@
+"""Pages of tables and figures that need nothing but themselves, and the same as Markdown."""
