@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,15 @@ def test_mixtures_are_the_shares_of_layers():
 
 
 def counter(folder: Path, step: int = 1) -> Path:
-    """A target that says, after every number, the one `step` further on."""
+    """A target that says, after every number, the one `step` further on; of another step, weights differ all over."""
     tiny.save(folder, torch.float64)
     model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+            layer.self_attn.q_proj.weight.mul_(step)  # of no effect, but seen
+            layer.mlp.up_proj.weight.mul_(step)
         model.model.embed_tokens.weight.copy_(torch.eye(32)[: SIZE + 1])
         model.lm_head.weight.copy_(successors(model.lm_head.weight, step))
     model.save_pretrained(folder)
@@ -252,8 +255,8 @@ def test_drift(place: dict[str, str], tmp_path: Path):
     head = list(drift.tables[0].head)
     assert all(str(r[head.index("agreement, difference")]).startswith("-1.000") for r in rows)
     assert all(str(r[head.index("top-1, difference")]).startswith("+0.000") for r in rows)
-    kinds = [c.name.split("-")[2] for c in drift.charts]
-    assert kinds == ["overlap", "agreement", "top1"]
+    kinds = ("overlap", "agreement", "top1")
+    assert [c.name for c in drift.charts] == [f"heads-drift-{kind}-tuned-counter-text" for kind in kinds]
 
 
 def test_what_cannot_be_analysed_is_said(place: dict[str, str], tmp_path: Path):
@@ -320,6 +323,13 @@ def captioned(section: Section, start: str) -> Table:
     return next(t for t in (*section.tables, *section.folded) if t.caption.startswith(start))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, and no page's SVG of them: `test_drift` and `test_the_heat_map` draw it."""
+    monkeypatch.setattr("foretoken.report.drawing.svg", lambda figure, name: "")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_tables_by_depth():
     depth = views.sections([file("heads", ROWS)])[0]
     assert means(captioned(depth, "Overlap")) == ["no", "4", "0.600", "0.400"]
@@ -332,15 +342,16 @@ def test_tables_by_depth():
     assert any("was not measured" in str(note) for note in depth.notes)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_marginal_beside_the_heads():
     """Guess i beside the marginal of depth i + 1 and its overlap i, at the same places only."""
     marginal = [
+        {"rank": [0, 0, 0], "overlap": [0.1, 0.1], "information": 0.0, "position": 1, "context": 2},
         {"rank": [5, 0, 7], "overlap": [0.8, 0.6], "information": 0.5, "position": 7, "context": 8},
         {"rank": [0, 2, 3], "overlap": [0.6, 0.5], "information": 8.0, "position": 8, "context": 9},
-        {"rank": [0, 0, 0], "overlap": [0.1, 0.1], "information": 0.0, "position": 1, "context": 2},
     ]
     law = file("marginal", marginal)
-    law.rows[0]["document"] = law.rows[1]["document"] = 0
+    law.rows[1]["document"] = law.rows[2]["document"] = 0
     other = file("marginal", marginal, model="x/another")
     depth = views.sections([file("heads", ROWS)], [other, law])[0]
     table = captioned(depth, "Heads and the marginal")
@@ -355,9 +366,11 @@ def test_the_marginal_beside_the_heads():
     assert drawn.figure is not None
     lines = [[float(y) for y in line.get_ydata()] for line in drawn.figure.axes[0].lines if len(line.get_xdata()) == 2]
     assert [pytest.approx(y) for y in lines[:2]] == [[0.6, 0.4], [0.5, 0.4]]
-    assert views.sections([file("heads", ROWS)], [other])[0].tables[1:] == []
+    elsewhere = replace(law, head=replace(law.head, data="u.txt"))
+    assert views.sections([file("heads", ROWS)], [other, elsewhere])[0].tables[1:] == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tables_by_context_and_position():
     """Bins 1-8, 9-16, ...; a position counts from 1."""
     assert borders(8) == [1, 9]
@@ -402,6 +415,28 @@ def test_the_heat_map():
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_drift_is_paired_by_place():
+    """Files that hold other positions, in another order: differences are over what both have."""
+    tuned = [
+        row([0, 0], [1, 1], [0.1, 0.1], document=0, position=50, context=51),  # not in the other
+        row([2, 0], [0, 0], [0.4, 0.6], document=0, position=8, context=9),
+        row([0, 3], [0, 1], [0.2, 0.5], document=0, position=7, context=8),
+    ]
+    section = views.sections([file("heads", ROWS), file("heads", tuned, model="y/tuned", elsewhere=True)])[-1]
+    (table,) = section.tables
+    found = [[str(c).split(" ")[0] for c in r[4:]] for r in table.rows if r[1] == "tuned"]
+    assert list(table.head[4:]) == [
+        "positions",
+        *(f"{what}{part}" for what in ("overlap", "agreement", "top-1") for part in ("", ", difference")),
+    ]
+    assert found == [
+        ["3", "0.233", "-0.400", "0.333", "-0.500", "0.667", "+0.000"],
+        ["3", "0.400", "+0.050", "0.667", "-0.500", "0.667", "+0.500"],
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_names_of_figures_differ():
     """Several drafters, targets and texts on one page."""
     files = [

@@ -428,6 +428,7 @@ def test_figures_of_strips_hold_every_value(shown: tuple[list[Rows], list[Sectio
 
 def test_the_command_analyses_every_model(ready: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("foretoken.study.page.save", lambda chart, folder: [folder / f"{chart.name}.svg"])  # slow
+    monkeypatch.setattr("foretoken.report.drawing.svg", lambda figure, name: "<svg></svg>")  # slow
     other = save(tmp_path / "wide", num_hidden_layers=2, hidden_size=48)
     app = typer.Typer()
     app.command()(layers)

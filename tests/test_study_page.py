@@ -14,6 +14,7 @@ import pytest
 
 from foretoken.analysis.summary import Estimate, binned, chains, columns, edges, estimate, within
 from foretoken.errors import UserError
+from foretoken.report import drawing as drawings
 from foretoken.report.drawing import Key, chart, drawing, save
 from foretoken.report.layout import body
 from foretoken.report.tables import DASH, TIMES, Section, Table
@@ -126,13 +127,28 @@ def files(folder: Path) -> list[Rows]:
 
 
 @pytest.fixture(scope="module")
-def parts(files: list[Rows]) -> dict[str, Section]:
-    return {s.title: s for s in marginal.sections(files)}
+def made(folder: Path) -> tuple[list[Path], list[Section]]:
+    """What the page's files are, and the sections of the marginals that they were written from."""
+    kept, make = list[Section](), marginal.sections
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(marginal, "sections", lambda files: kept.extend(make(files)) or kept)
+        return page.write(folder), kept
 
 
 @pytest.fixture(scope="module")
-def written(folder: Path) -> list[Path]:
-    return page.write(folder)
+def parts(made: tuple[list[Path], list[Section]]) -> dict[str, Section]:
+    return {s.title: s for s in made[1]}
+
+
+@pytest.fixture(scope="module")
+def written(made: tuple[list[Path], list[Section]]) -> list[Path]:
+    return made[0]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, and no SVG of them."""
+    monkeypatch.setattr(drawings, "svg", lambda figure, name: "")
 
 
 # statistics
@@ -332,6 +348,7 @@ def test_costs_are_totals_over_positions(parts: dict[str, Section]):
     assert row_of(table, "tiny-160M", "stories") == ["162M", "300", "6,600", "22", "120", "12.0", "0.04"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_the_timing_does_not_cover_is_said(tmp_path: Path):
     rows = rows_of(Random(1), 0.7, documents=4, positions=3)
     put(tmp_path, head_of(), rows, {**end_of(rows[:5]), "note": "read as sequences."})
@@ -345,6 +362,7 @@ def test_what_the_timing_does_not_cover_is_said(tmp_path: Path):
     assert row_of(section.tables[0], "tiny-70M", "other") == ["70M", "0", "0", DASH, "120", "0.0", DASH]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ranks_that_a_window_s_end_cuts_off_are_left_out(tmp_path: Path):
     """The last position of a window has no second token ahead: its lists are shorter, or hold null."""
     rows = rows_of(Random(1), 0.7, documents=4, positions=3)
@@ -416,14 +434,16 @@ class Tags(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_has_every_caption_and_every_figure_its_files(folder: Path, files: list[Rows], written: list[Path]):
+def test_the_page_has_every_caption_and_every_figure_its_files(
+    folder: Path, parts: dict[str, Section], written: list[Path]
+):
     text = (folder / "index.html").read_text("utf-8")
     seen, prose = Tags(text), (folder / "index.md").read_text("utf-8")
     words = "".join(seen.words)
-    parts = [*marginal.sections(files), *ceiling.sections(ceiling.found(folder))]
-    charts = [c for s in parts for c in s.charts]
+    sections = [*parts.values(), *ceiling.sections(ceiling.found(folder))]
+    charts = [c for s in sections for c in s.charts]
     assert len(charts) == 17
-    for section in parts:
+    for section in sections:
         assert section.title in words
         assert f"## {section.title}" in prose
         assert not section.charts or section.tables or section.folded
@@ -458,7 +478,8 @@ def test_the_same_rows_give_the_same_bytes(folder: Path, written: list[Path], un
     assert {path: path.read_bytes() for path in page.write(folder)[:2]} == before
 
 
-def test_one_model_makes_a_page_without_figures_over_size(tmp_path: Path, unsaved: None):
+@pytest.mark.usefixtures("unsaved", "undrawn")
+def test_one_model_makes_a_page_without_figures_over_size(tmp_path: Path):
     rows = rows_of(Random(2), 0.6, documents=2, positions=4)
     put(tmp_path, head_of(), rows, end_of(rows))
     names = {path.name for path in page.write(tmp_path)}
@@ -467,7 +488,8 @@ def test_one_model_makes_a_page_without_figures_over_size(tmp_path: Path, unsave
     assert "needs more of them (--models)" in (tmp_path / "index.md").read_text()
 
 
-def test_what_is_not_finished_is_left_out_and_named(tmp_path: Path, unsaved: None):
+@pytest.mark.usefixtures("unsaved", "undrawn")
+def test_what_is_not_finished_is_left_out_and_named(tmp_path: Path):
     rows = rows_of(Random(2), 0.6, documents=3, positions=4)
     put(tmp_path, head_of(), rows, end_of(rows))
     left = put(tmp_path, head_of(model="tiny-160M"), rows, None)
@@ -488,8 +510,11 @@ def test_a_folder_without_finished_rows_is_refused(tmp_path: Path):
     assert not (tmp_path / "index.html").exists()
 
 
-def test_hostile_names_stay_text(tmp_path: Path):
-    hostile = "</script><img src=x onerror=alert(1)>|`*_x_*`[a](b)$\\frac$\x1b[31m"
+HOSTILE = "</script><img src=x onerror=alert(1)>|`*_x_*`[a](b)$\\frac$\x1b[31m"
+
+
+def test_hostile_names_stay_text(tmp_path: Path, unsaved: None):
+    hostile = HOSTILE
     rows = rows_of(Random(2), 0.6, documents=2, positions=4)
     for i, model in enumerate((hostile, "other")):  # two sizes, so that every figure is there
         put(tmp_path, head_of(model=model, parameters=10 ** (6 + i), data=hostile), rows, end_of(rows))
@@ -522,6 +547,7 @@ def test_ceilings_are_tabled_by_temperature(folder: Path):
     assert [k.label for k in section.charts[0].keys] == [*list(ceiling.KINDS.values())[:5]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_early_exit_and_several_models_are_shown_too(tmp_path: Path):
     for model in MODELS:
         record = ceiling_of(model)
@@ -561,6 +587,14 @@ def test_a_saved_figure_grows_by_its_caption_and_its_keys(tmp_path: Path):
     ) == pytest.approx(least, abs=0.35)
     names = re.findall(r"number -?\d+", (tmp_path / "one.svg").read_text())
     assert len(set(names)) == len(styles)
+
+
+def test_hostile_names_stay_text_in_a_saved_figure(tmp_path: Path):
+    figure, axes = drawing(3.0)
+    axes.plot([0, 1], [0, 1])
+    text = save(chart("one", figure, HOSTILE, [Key(HOSTILE, 0), Key(HOSTILE * 3, -1)]), tmp_path)[0].read_text("utf-8")
+    assert "&lt;img src=x" in text and "\\frac$" in text
+    assert not re.search(r"<(?:img|/?script)|[\x00-\x08\x0b-\x1f]", text)
 
 
 def test_a_saved_figure_is_the_same_every_time(tmp_path: Path):

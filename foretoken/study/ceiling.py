@@ -17,14 +17,14 @@ from foretoken.analysis.summary import Floats, chains
 from foretoken.costs import Costs, finish
 from foretoken.costs import measure as forwards
 from foretoken.generation import Output, generate
-from foretoken.loading import load
+from foretoken.loading import load, read_config
 from foretoken.page import write_file
 from foretoken.progress import Update, progress
 from foretoken.study import marginal
 from foretoken.study.marginal import Settings
 from foretoken.study.rows import Row, file_of, read
 from foretoken.study.windows import length_for, windows
-from foretoken.target import Target
+from foretoken.target import Target, layer_windows, model_class_of
 from foretoken.training.encode import Encoder
 
 PROMPTS, PROMPT, NEW = 8, 128, 64
@@ -35,7 +35,7 @@ TURNS = 9
 PAYS = 1.1
 """Speed-up from which something is worth its trouble."""
 KINDS = {
-    "independent": "heads that know all that a head can know",
+    "independent": "independent heads that know the marginal law",
     "sequential": "a drafter that knows the model's law behind its own guesses",
     "lookup": "prompt lookup",
 }
@@ -61,11 +61,13 @@ def run(
     models: Sequence[str], data: str, folder: Path, settings: Settings, memory: float | None, device: str | None
 ) -> list[str]:
     """Write the rows of `analyze marginal` and what follows from them; notes on what was done differently."""
-    targets = {model: load(model, dtype=settings.dtype, device=device) for model in models}  # refused before the work
+    for model in models:  # look-ups are decoded, so what cannot branch is refused before the work
+        config = read_config(model)
+        layer_windows(config.get_text_config(decoder=True), model_class_of(config))
     notes = marginal.run(models, data, folder, settings, memory, device)
     with progress() as update:
-        for model, target in targets.items():
-            write(target, model, data, folder, settings, update)
+        for model in models:
+            write(load(model, dtype=settings.dtype, device=device), model, data, folder, settings, update)
     return notes
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from foretoken.analysis.marginals import entropy, overlap, rank
 from foretoken.errors import UserError, at_least
+from foretoken.loading import read_config
 from foretoken.machine import Machine
 from foretoken.marginal import nucleus
 from foretoken.progress import Update, progress
@@ -20,6 +21,7 @@ from foretoken.study.futures import Cut, Future, Size, futures, size_for
 from foretoken.study.reading import Reader, open_reader
 from foretoken.study.rows import Head, Row, Writer, short
 from foretoken.study.windows import Window, length_for, windows
+from foretoken.target import model_class_of
 from foretoken.training.encode import Encoder
 
 SIZES = (0.99, 0.9)
@@ -71,6 +73,8 @@ def run(
 ) -> list[str]:
     """Analyse every model, one after the other; notes on what was done differently than asked."""
     notes = list[str]()
+    for model in models:
+        model_class_of(read_config(model))  # what is no model is refused before the work
     with progress() as update:
         for model in models:
             measure(model, data, folder, settings, memory, device, update, notes)

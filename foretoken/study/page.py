@@ -1,6 +1,6 @@
 """The page of `foretoken analyze`: every finished analysis in a folder, as HTML, as Markdown and as figures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,10 @@ from foretoken.study.rows import Head, Rows
 KINDS = ("marginal", "layers", "heads")
 """Analyses that write rows."""
 FIGURES = "figures"
+BRIEF = {"marginal": 0, "layers": 1, "heads": 0}
+"""The section of each kind whose first table a terminal shows."""
+NAMES = 4
+"""Models in the heading."""
 INTRODUCTION = "What language models know about tokens further ahead, measured by foretoken analyze."
 
 
@@ -25,17 +29,19 @@ def write(folder: Path, out: Path | None = None) -> list[Path]:
     files = {kind: rows.found(folder, kind) for kind in KINDS}
     heads = [f.head for some in files.values() for f in some]
     waiting = unfinished(folder, heads)
-    parts, more = analyses(folder, files)
+    parts = [part for kind in (*KINDS, "ceiling") for part in sections(folder, kind, files)]
+    more = ceiling_heads(folder)
     if not parts:
         raise UserError(
             f"{str(folder)!r} holds no finished analysis"
             + (f" ({listed(waiting)} is not complete)" if waiting else "")
             + "; run `foretoken analyze marginal MODEL --data F --out` with that folder, to its end."
         )
-    parts = [conditions([*heads, *more], waiting), *parts]
+    waited = [Alarm(f"{name} is not complete and left out.") for name in waiting]
+    parts = [*parts, conditions([*heads, *more], waited)]
     charts = [c for part in parts for c in part.charts]
     assert len({c.name for c in charts}) == len(charts)  # each is a file
-    heading = f"foretoken analyze: {listed(dict.fromkeys(h.label for h in [*heads, *more]))}"
+    heading = f"foretoken analyze: {some(dict.fromkeys(Path(h.model).name for h in [*heads, *more]))}"
     links = "\n".join(f"![{escaped(c.caption)}]({FIGURES}/{c.name}.svg)\n" for c in charts)
     text = f"# {escaped(heading)}\n\n{INTRODUCTION}\n\n{prose(parts)}\n## Figures\n\n{links}"
     written = write_pages(out, "index", whole(heading, f"<p>{text_of(INTRODUCTION)}</p>", body(parts)), text)
@@ -44,28 +50,53 @@ def write(folder: Path, out: Path | None = None) -> list[Path]:
     return written
 
 
-def analyses(folder: Path, files: dict[str, list[Rows]]) -> tuple[list[Section], list[Head]]:
-    """The sections of every analysis that left something, and the heads of those that leave no rows."""
-    parts = list[Section]()
-    if files["marginal"]:
+def brief(folder: Path, kind: str) -> tuple[list[Shown], list[Table]]:
+    """What a terminal shows of one kind of analysis: verdicts, and the first tables."""
+    if kind == "ceiling":
+        (part,) = sections(folder, "ceiling", {})
+        return list(part.notes[:-1]), [distinct(table) for table in part.tables]
+    found = rows.found(folder, kind)
+    parts = sections(folder, kind, {kind: found}) if found else []
+    return [], [distinct(part.tables[0]) for part in parts[BRIEF[kind] :][:1] if part.tables]
+
+
+def distinct(table: Table) -> Table:
+    """The table for a narrow screen: no errors, and no columns of words, but for the last, that say one thing only."""
+    words = range(table.left - 1)
+    dropped = [i for i in words if len({str(row[i]) for row in table.rows}) == 1]
+    kept = [i for i in range(len(table.head)) if i not in dropped]
+    rows_kept = [[str(row[i]).partition(" ±")[0] for i in kept] for row in table.rows]
+    return replace(table, head=[table.head[i] for i in kept], rows=rows_kept, left=table.left - len(dropped))
+
+
+def sections(folder: Path, kind: str, files: dict[str, list[Rows]]) -> list[Section]:
+    """Everything about one kind of analysis."""
+    if kind == "ceiling":
+        from foretoken.study.views import ceiling
+
+        ceilings = ceiling.found(folder)
+        return ceiling.sections(ceilings) if ceilings else []
+    if not files[kind]:
+        return []
+    if kind == "marginal":
         from foretoken.study.views import marginal
 
-        parts += marginal.sections(files["marginal"])
-    if files["layers"]:
+        return marginal.sections(files[kind])
+    if kind == "layers":
         from foretoken.study.views import layers
 
-        found = layers.sections(files["layers"])
-        parts += [*found[:-1], *(replace(last, free=layers.strip_html(files["layers"])) for last in found[-1:])]
-    if files["heads"]:
-        from foretoken.study.views import heads
+        found = layers.sections(files[kind])
+        return [*found[:-1], *(replace(last, free=layers.strip_html(files[kind])) for last in found[-1:])]
+    from foretoken.study.views import heads
 
-        parts += heads.sections(files["heads"], files["marginal"])
+    return heads.sections(files[kind], files.get("marginal", []))
+
+
+def ceiling_heads(folder: Path) -> list[Head]:
+    """The heads of those analyses that leave no rows."""
     from foretoken.study.views import ceiling
 
-    ceilings = ceiling.found(folder)
-    if ceilings:
-        parts += ceiling.sections(ceilings)
-    return parts, [replace(c.head, kind="ceiling") for c in ceilings]
+    return [replace(c.head, kind="ceiling") for c in ceiling.found(folder)]
 
 
 def unfinished(folder: Path, heads: Sequence[Head]) -> list[str]:
@@ -75,9 +106,14 @@ def unfinished(folder: Path, heads: Sequence[Head]) -> list[str]:
     return [path.name for path in found if path not in finished]
 
 
-def conditions(heads: Sequence[Head], waiting: Sequence[str]) -> Section:
+def some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    first = list(names)
+    return listed(first[:NAMES]) + (f" and {len(first) - NAMES} more" if len(first) > NAMES else "")
+
+
+def conditions(heads: Sequence[Head], waiting: Sequence[Shown]) -> Section:
     """What was analysed, how and on what."""
-    notes: list[Shown] = [Alarm(f"{name} is not complete and left out.") for name in waiting]
     analysed = [
         (h.kind, h.label, amount(h.parameters), h.data, listed(f"{k} {v}" for k, v in h.settings.items()), h.model)
         for h in heads
@@ -92,4 +128,4 @@ def conditions(heads: Sequence[Head], waiting: Sequence[str]) -> Section:
         Table("What was analysed", names, analysed, 2, words=("data", "settings", "path")),
         Table("Machines", ("machine", "analyses"), made_on, 2),
     ]
-    return Section("Conditions", notes, tables[: 1 + bool(made_on)])
+    return Section("Conditions", waiting, folded=tables[: 1 + bool(made_on)])

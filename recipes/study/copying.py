@@ -1,7 +1,7 @@
 """Documents of a copying task: a random string of words, then the same string again and again.
 
     python recipes/study/copying.py runs/study/copying/train.jsonl --documents 33000 --seed 1
-    python recipes/study/copying.py runs/study/copying/held_out.jsonl --documents 200 --seed 2
+    python recipes/study/copying.py runs/study/copying/copying.jsonl --documents 200 --seed 2
 
 From the second copy on every token follows from the first; up to there all but the words' spelling is chance. Copies
 are lines, each with a space in front, so that all of a document's copies are the same tokens of

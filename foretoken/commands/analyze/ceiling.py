@@ -35,4 +35,4 @@ def ceiling(
     from foretoken.study.marginal import Settings
 
     settings = Settings(depth + 1, top_p, least, every, limit, length, seed, dtype)
-    finish(out, run([model, *listed(models)], data, out, settings, memory, device))
+    finish(out, "ceiling", run([model, *listed(models)], data, out, settings, memory, device))

@@ -39,4 +39,4 @@ def heads(
     from foretoken.study.heads import run
 
     run(model, drafter, data, out, on=on or (), limit=limit, length=length, dtype=dtype, device=device)
-    finish(out)
+    finish(out, "heads")

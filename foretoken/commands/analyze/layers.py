@@ -20,4 +20,4 @@ def layers(
 
     for one in [model, *listed(models)]:
         run(one, data, out, limit=limit, length=length, dtype=dtype, device=device)
-    finish(out)
+    finish(out, "layers")

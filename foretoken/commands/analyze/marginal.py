@@ -36,4 +36,4 @@ def marginal(
     from foretoken.study.marginal import Settings, run
 
     settings = Settings(horizon, top_p, least, every, limit, length, seed, dtype)
-    finish(out, run([model, *listed(models)], data, out, settings, memory, device))
+    finish(out, "marginal", run([model, *listed(models)], data, out, settings, memory, device))

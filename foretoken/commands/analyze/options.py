@@ -42,12 +42,22 @@ def listed(models: str | None) -> list[str]:
     return [name for part in (models or "").split(",") if (name := part.strip())]
 
 
-def finish(folder: Path, notes: Sequence[str] = ()) -> None:
-    """Write the page of everything in the folder, and say what was done and where it is."""
-    from foretoken.study.page import write
+def finish(folder: Path, kind: str, notes: Sequence[str] = ()) -> None:
+    """Write the page of everything in the folder; say what was found, how, and where it is."""
+    from rich.console import Console
+
+    from foretoken.report.tables import terminal
+    from foretoken.study.page import brief, write
 
     for note in notes:
         typer.echo(f"Note: {note}", err=True)
-    for file in write(folder):
+    written = write(folder)
+    console = Console(highlight=False)
+    said, tables = brief(folder, kind)
+    for sentence in said:
+        console.print(str(sentence), markup=False)
+    for table in tables:
+        console.print(terminal(table))
+    for file in written:
         if file.suffix in (".html", ".md"):
-            typer.echo(str(file))
+            console.print(str(file), markup=False, soft_wrap=True)
