@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from foretoken.machine import Machine
 from foretoken.bench.tasks import prompts
 from foretoken.decode import Request, Row
 from foretoken.drafter import Feed
@@ -23,6 +22,7 @@ from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.generation import decode_all
 from foretoken.loading import load
+from foretoken.machine import Machine
 from foretoken.rules import Match, Rejection, Rule
 from foretoken.sampling import Sampling
 from foretoken.target import Target

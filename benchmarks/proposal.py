@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from foretoken.machine import Machine
 from foretoken.drafters import make_drafter
 from foretoken.feedback import Recurrent
 from foretoken.loading import load
+from foretoken.machine import Machine
 from foretoken.target import Target
 
 COMMITTED = 2

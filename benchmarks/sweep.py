@@ -14,12 +14,12 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from foretoken.machine import Machine
 from foretoken.bench.shapes import Candidate
 from foretoken.bench.tasks import prompts
 from foretoken.bench.tune import Tuner, tune
 from foretoken.drafter import Drafter
 from foretoken.loading import load
+from foretoken.machine import Machine
 
 RACED, TURNS = 5, 15
 

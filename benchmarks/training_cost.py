@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foretoken.machine import Machine
 from foretoken.drafters import mtp
+from foretoken.machine import Machine
 from foretoken.objective import Batch
 from foretoken.target import Target
 from foretoken.training.learner import Learner

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foretoken.machine import Machine
 from foretoken.drafters import mtp
+from foretoken.machine import Machine
 from foretoken.objective import IGNORED, Batch
 from foretoken.target import Target
 from foretoken.training.learner import Learner

@@ -16,11 +16,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from foretoken.machine import Machine
 from foretoken.decode import Request
 from foretoken.drafters import make_drafter
 from foretoken.generation import decode_all
 from foretoken.loading import load
+from foretoken.machine import Machine
 from foretoken.rules import Match
 from foretoken.training.loop import train
 from foretoken.training.prompts import ids_of, prompts_of

@@ -69,7 +69,16 @@ DRAFTERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TRAINED = ("mtp", "blockwise", "medusa", "weighted_heads", "deepseek_mtp", "eagle")
 """Drafters with heads; here untrained ones with noise, which guess right now and then."""
-ALIKE = ("draft_stop", "marginal", "draft_paths", "draft_hardware", "eagle_3", "eagle_paths", "hybrid_chain", "hybrid_tree")
+ALIKE = (
+    "draft_stop",
+    "marginal",
+    "draft_paths",
+    "draft_hardware",
+    "eagle_3",
+    "eagle_paths",
+    "hybrid_chain",
+    "hybrid_tree",
+)
 ALIKE += tuple(key for key in DRAFTERS if key.startswith("adaptive_"))
 """Ask nothing of a family that others do not ask: every fourth family is enough."""
 TEMPERATURES = (0.0, 0.7, 1.3)

@@ -430,6 +430,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return drawing.save(chart, folder) if chart.name.startswith("text-top5") else []
 
     monkeypatch.setattr("foretoken.study.page.save", one)
+    monkeypatch.setattr(drawing, "svg", lambda figure, name: "<svg></svg>")
     model, data, out = save(tmp_path / "model"), walking(tmp_path / "text.txt"), tmp_path / "out"
     given = [str(model), "--data", str(data), "--out", str(out), "--limit", "90", "--device", "cpu"]
     result = invoke("marginal", *given, "--horizon", "3", "--least", "0.02")

@@ -11,6 +11,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from foretoken.analysis.summary import Estimate, binned, chains, columns, edges, estimate, within
 from foretoken.errors import UserError
@@ -128,9 +129,12 @@ def files(folder: Path) -> list[Rows]:
 
 @pytest.fixture(scope="module")
 def made(folder: Path) -> tuple[list[Path], list[Section]]:
-    """What the page's files are, and the sections of the marginals that they were written from."""
-    kept, make = list[Section](), marginal.sections
+    """What the page's files are, and the sections of the marginals that they were written from; PNGs are coarse."""
+    kept, make, write = list[Section](), marginal.sections, Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Figure, "savefig", lambda f, to, **how: write(f, to, **how | ({"dpi": 20} if "dpi" in how else {}))
+        )
         patch.setattr(marginal, "sections", lambda files: kept.extend(make(files)) or kept)
         return page.write(folder), kept
 

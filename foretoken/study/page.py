@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import wrap
 
 from foretoken.errors import UserError
 from foretoken.page import text_of
@@ -18,6 +19,10 @@ KINDS = ("marginal", "layers", "heads")
 FIGURES = "figures"
 BRIEF = {"marginal": 0, "layers": 1, "heads": 0}
 """The section of each kind whose first table a terminal shows."""
+BESIDE = ("parameters", "layers", "positions", "first at layer", "settled by half depth", "top-5")
+"""Columns that only the page has room for."""
+HEAD = 9
+"""Characters of a line of a column's name there."""
 NAMES = 4
 """Models in the heading."""
 INTRODUCTION = "What language models know about tokens further ahead, measured by foretoken analyze."
@@ -64,9 +69,12 @@ def distinct(table: Table) -> Table:
     """The table for a narrow screen: no errors, and no columns of words, but for the last, that say one thing only."""
     words = range(table.left - 1)
     dropped = [i for i in words if len({str(row[i]) for row in table.rows}) == 1]
+    dropped += [i for i, name in enumerate(table.head) if name in BESIDE]
     kept = [i for i in range(len(table.head)) if i not in dropped]
     rows_kept = [[str(row[i]).partition(" ±")[0] for i in kept] for row in table.rows]
-    return replace(table, head=[table.head[i] for i in kept], rows=rows_kept, left=table.left - len(dropped))
+    left = sum(i < table.left for i in kept)
+    head = ["\n".join(wrap(table.head[i], HEAD)) for i in kept]
+    return replace(table, head=head, rows=rows_kept, left=left)
 
 
 def sections(folder: Path, kind: str, files: dict[str, list[Rows]]) -> list[Section]:

@@ -45,7 +45,7 @@ def windows(encoder: Encoder, data: str, length: int, limit: int, shortest: int 
     Pass after pass over the documents: in the first their beginnings, so that a limit does not end within the first
     document. `UserError` if no document has `shortest` tokens.
     """
-    at_least("windows of the text", length=(length, shortest), limit=(limit, 0))
+    at_least("windows of the text", length=(length, shortest), limit=(limit, shortest if limit else 0))
     quota = max(1, limit // (PASSES * length)) * length if limit else 1 << 60  # tokens of a document in one pass
     number, total, start, longest = 0, 0, 0, 0
     while True:
