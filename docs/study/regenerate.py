@@ -23,7 +23,7 @@ MODELS, ROWS, OUT = Path("runs/study"), Path("runs/study/rows"), Path("docs/stud
 ASSETS, RECIPES = Path("foretoken/assets"), Path("recipes/study")
 TRAINED = (
     *("code_64x2", "code_192x4_short", "code_192x4", "code_256x6", "copy_32x2", "copy_128x3"),
-    *("heads_frozen", "heads_frozen_whs", "heads_joint", "heads_joint_whs", "heads_lora"),
+    *("heads_frozen", "heads_frozen_whs", "heads_joint", "heads_lora"),
 )
 """Recipes by name, targets before the heads on them."""
 PLAIN = MODELS / "code_256x6"
@@ -73,7 +73,7 @@ def analyse() -> None:
     for data, models in texts().items():
         study(data, models)
         foretoken("analyze", "layers", models[0], "--data", data, "--limit", LIMIT, *further(models))
-    changed = [MODELS / name for name in ("heads_joint", "heads_joint_whs", "heads_lora")]
+    changed = [MODELS / name for name in ("heads_joint", "heads_lora")]
     study("stdlib", changed)
     frozen = [f"weighted_heads:{MODELS / name}" for name in ("heads_frozen", "heads_frozen_whs")]
     given = ["--data", "stdlib", "--limit", LIMIT, "--out", ROWS]

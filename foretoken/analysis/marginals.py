@@ -1,4 +1,4 @@
-"""What a law p^ that was summed over the tokens between is worth: ranks, overlaps, information, estimates of chains.
+"""What a law p^ that was summed over the tokens between is worth: ranks, overlaps, information.
 
 Depth k is the token x_{t+k} behind a text x_<=t. The marginal of depth k is
 
@@ -37,18 +37,3 @@ def information(total: Tensor, mass: Tensor, entropies: Tensor) -> Tensor:
     entropies  [n], sum of p(x_{t+1}) H(p(. | x_{t+1}))
     """
     return (entropy(total / mass[:, None]) - entropies / mass).clamp(min=0)
-
-
-def survival(ratio: list[float], overlap: list[float]) -> list[float]:
-    """P(the first i guesses are accepted), estimated without bias along one path x drawn from the target.
-
-    ratio    min(1, q_i(x_i) / p_i(x_i)) at each guess's place
-    overlap  sum of min(p_i, q_i) there
-
-    Chains drawn from q survive i guesses with probability sum_x prod min(p_j, q_j) = E_p[prod_{j<i} ratio_j overlap_i].
-    """
-    found, before = list[float](), 1.0
-    for here, whole in zip(ratio, overlap, strict=True):
-        found.append(before * whole)
-        before *= here
-    return found

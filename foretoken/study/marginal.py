@@ -140,7 +140,7 @@ def columns_of(found: Future, truth: Tensor) -> dict[str, Tensor]:
 
     Ranks and probabilities begin with depth 1, the model's own next-token law; laws of depth 2 and more are not divided
     by their mass. The last six fields are about guesses i = 1..K - 1 of x_{t+1+i} from the divided marginals, along the
-    continuation that was drawn (`analysis.marginals.survival`).
+    continuation that was drawn (`analysis.summary.chains`).
     """
     laws = [found.law, *found.total]
     q = list(found.total / found.mass[..., None].clamp(min=1e-30))
