@@ -290,6 +290,28 @@ def test_bins_of_entropy_hold_every_position(files: list[Rows], parts: dict[str,
     assert all(share == pytest.approx(len(pooled) / 8, abs=2) for share in shares)
 
 
+def test_accuracy_by_tokens_read_is_that_of_the_rows_there(files: list[Rows], parts: dict[str, Section]):
+    shown = parts["How much of the text is read"]
+    for table, depth in zip(shown.folded, (0, 1), strict=True):
+        assert table.head[2:5] == ("1 to 15", "16 to 31", "32 to 63")
+        for row, file in zip(table.rows, files, strict=True):
+            for cell, low, high in zip(row[2:4], (1, 16), (16, 32), strict=True):
+                rows = [r for r in file.rows if low <= r["context"] < high]
+                right = sum(r["rank"][depth] == 0 for r in rows) / len(rows)
+                assert numbers(str(cell))[0] == pytest.approx(right, abs=6e-4)
+            assert {str(cell) for cell in row[4:]} == {DASH}  # no document is longer
+
+
+def test_a_terminal_shows_the_first_table_without_what_is_everywhere_the_same(tmp_path: Path, folder: Path):
+    found = page.brief(folder, "marginal")[1]
+    assert [len(t.rows) for t in found] == [len(found[0].rows)] and "±" not in str(found[0].rows)
+    assert found[0].head[0] == "model" and found[0].is_text(1)
+    said, tables = page.brief(folder, "ceiling")
+    assert [str(s) for s in said] == [c.verdict for c in ceiling.found(folder)]
+    assert [t.head[0] for t in tables] == ["drafter"] * 2
+    assert page.brief(tmp_path, "heads") == ([], [])
+
+
 def test_nats_are_renormalised_from_depth_two_on(files: list[Rows], parts: dict[str, Section]):
     table, mass = parts["Chance of the text's tokens"].folded
     for file in files:
@@ -446,7 +468,7 @@ def test_the_page_has_every_caption_and_every_figure_its_files(
     words = "".join(seen.words)
     sections = [*parts.values(), *ceiling.sections(ceiling.found(folder))]
     charts = [c for s in sections for c in s.charts]
-    assert len(charts) == 17
+    assert len(charts) == 19
     for section in sections:
         assert section.title in words
         assert f"## {section.title}" in prose

@@ -5,10 +5,12 @@ these; the others are this project's own.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from foretoken.analysis.summary import Estimate, Floats, within
+from foretoken.report.drawing import Chart
 from foretoken.report.tables import DASH, Section, Table, amount
 from foretoken.study.rows import Rows
 from foretoken.study.views.guesses import guesses, information
@@ -30,6 +32,9 @@ from foretoken.study.views.series import Panel, cell, data_labels, panels
 LEAST = float(np.finfo(np.float32).tiny)
 """Chances below count as this one, for their logarithm."""
 
+READ = (1.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1e9)
+"""Tokens read, where bins of them begin, and an end."""
+
 
 def sections(files: list[Rows]) -> list[Section]:
     """Accuracy against the text and against the model, over depth, size and entropy; chances; guesses; cost."""
@@ -44,6 +49,7 @@ def sections(files: list[Rows]) -> list[Section]:
         against_own(found, shown),
         over_models(found),
         determinism(found, shown),
+        contexts(found, shown),
         chances(found, shown),
         guesses(found, shown),
         information(found, shown),
@@ -169,6 +175,22 @@ def determinism(found: Sequence[Measured], shown: Sequence[Panel]) -> Section:
         f"stands at a bin's mean entropy; bins of fewer than {FEW} positions are not drawn."
     ]
     return Section("Where the next token is sure", notes, charts=charts, folded=folded)
+
+
+def contexts(found: Sequence[Measured], shown: Sequence[Panel]) -> Section:
+    """Depths 1 and 2 against how much of the text the model has read."""
+    charts = list[Chart]()
+    tables = list[Table]()
+    for depth in (1, 2):
+        bins = [m.bins(m.vector("context"), column(text_in(1)(m), depth - 1), READ) for m in found]
+        caption = f"Top-1 accuracy at depth {depth} against the text's token, by tokens read"
+        charts += by_bin(shown, bins, f"context-{depth}", caption, ("tokens read in the window", "accuracy"))
+        cells = [{b.low: cell(b.y) for b in some} for some in bins]
+        body = [(*m.names, *(known.get(low, DASH) for low in READ[:-1])) for m, known in zip(found, cells, strict=True)]
+        columns = [f"{low:g} to {high - 1:g}" for low, high in pairwise(READ[:-1])]
+        tables.append(Table(caption, ("model", "data", *columns, f"{READ[-2]:g} and more"), body, 2))
+    notes = ["Where a text repeats what it said, later tokens are surer: a point stands at the mean of its bin."]
+    return Section("How much of the text is read", notes, charts=charts, folded=tables)
 
 
 def chances(found: Sequence[Measured], shown: Sequence[Panel]) -> Section:
