@@ -9,6 +9,8 @@ with the package, is looked for as `foretoken bench` looks for it ($FORETOKEN_DA
 
 import argparse
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -83,6 +85,17 @@ def analyse() -> None:
     foretoken("analyze", "heads", CODE[-1], *given, *repeated("--drafter", DRAFTERS))
 
 
+def page() -> None:
+    """index.html, index.md and every figure as SVG; as PNG those that README.md shows."""
+    folder, made = ROOT / OUT, ROOT / MODELS / "page"
+    write(ROOT / ROWS, made)
+    shown = set(re.findall(r"figures/([\w.-]+\.png)", (folder / "README.md").read_text("utf-8")))
+    shutil.rmtree(folder / "figures", ignore_errors=True)
+    (folder / "figures").mkdir()
+    for file in [*made.glob("index.*"), *made.glob("figures/*.svg"), *(made / "figures" / name for name in shown)]:
+        shutil.copyfile(file, folder / file.relative_to(made))
+
+
 def study(data: str, models: Sequence[Path]) -> None:
     """Marginals and ceilings."""
     foretoken(
@@ -109,7 +122,7 @@ def call(*arguments: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=["train", "analyse", "page"])
     only = parser.parse_args().only
     if only in (None, "train"):
@@ -117,8 +130,7 @@ def main() -> None:
     if only in (None, "analyse"):
         analyse()
     if only in (None, "page"):
-        for file in write(ROOT / ROWS, ROOT / OUT):
-            print(file)
+        page()
 
 
 if __name__ == "__main__":
