@@ -107,9 +107,12 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> Whole:
 
 
 def draw(axes: "Axes", x: Sequence[float], y: Sequence[Estimate | None], style: int, dashed: bool = False) -> None:
-    """A line through the means, and a bar of one standard error to each side; dashed lines have hollow markers."""
+    """A line through the means, and a bar of one standard error to each side; dashed lines have hollow markers.
+
+    Where several means stand at one x there is no line.
+    """
     points = [(at, e) for at, e in zip(x, y, strict=True) if e is not None]
-    tone = colour(style)
+    tone, alone = colour(style), len({at for at, _ in points}) < len(points)
     axes.errorbar(
         [at for at, _ in points],
         [e.mean for _, e in points],
@@ -118,7 +121,7 @@ def draw(axes: "Axes", x: Sequence[float], y: Sequence[Estimate | None], style: 
         ecolor=tone,
         elinewidth=1,
         linewidth=1.4,
-        linestyle="--" if dashed else "-",
+        linestyle="none" if alone else "--" if dashed else "-",
         marker=MARKERS[style % MOST],
         markersize=4.5,
         markerfacecolor="none" if dashed else tone,
