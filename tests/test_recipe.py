@@ -195,7 +195,7 @@ def test_every_setting_has_its_words():
         assert [f.name for f in dataclasses.fields(kind) if f.name not in described] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
 def test_the_recipes_in_the_repository_are_read(path: Path):
     found = read_recipe(path)
     assert found.out.startswith("runs/")
