@@ -14,7 +14,8 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from typer.testing import CliRunner
 
 from foretoken.analysis import enumeration
-from foretoken.analysis.marginals import information, overlap, rank
+from foretoken.analysis.lens import rank
+from foretoken.analysis.marginals import information, overlap
 from foretoken.analysis.summary import chains
 from foretoken.cli import app
 from foretoken.errors import UserError

@@ -300,3 +300,17 @@ def test_paths_are_read_in_groups_of_one_length(tokens: int):
     for length in range(1, 5):
         count, fitting = sum(len(p) == length for p in paths), max(1, tokens // length)
         assert sum(len(paths[g[0]]) == length for g in groups) == -(-count // fitting)  # no more forwards than needed
+
+
+def test_a_file_has_one_writer(tmp_path: Path):
+    """A second command would replace the file, and what the first writes afterwards would be lost."""
+    writer = Writer(tmp_path, HEAD)
+    writer.write([{"window": 0, "x": 1}])
+    with pytest.raises(UserError, match="is being written by another command"):
+        Writer(tmp_path, HEAD)
+    writer.write([{"window": 1, "x": 2}])
+    writer.close()
+    assert [row["x"] for row in read(writer.path).rows] == [1, 2]
+    with pytest.raises(UserError, match="another settings"):
+        Writer(tmp_path, replace(HEAD, settings={}))
+    Writer(tmp_path, HEAD).close()  # neither of the refused ones holds it

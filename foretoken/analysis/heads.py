@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foretoken.analysis.lens import log_law
 from foretoken.unembed import Unembedding
 
 BUDGET = 16 * 2**20
@@ -92,11 +93,6 @@ def compared(target: Tensor, logits: Tensor, vocabulary: Tensor | None, label: T
         best == target.argmax(-1),
         (inside.exp() * (inside - q)).sum(-1),
     )
-
-
-def log_law(logits: Tensor) -> Tensor:
-    """log softmax of logits [n, V], in float32 or, if they are, float64."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def joined(parts: Sequence[Judged]) -> Judged:

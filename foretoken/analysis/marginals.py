@@ -1,4 +1,4 @@
-"""What a law p^ that was summed over the tokens between is worth: ranks, overlaps, information.
+"""What a law p^ that was summed over the tokens between is worth: overlaps and information.
 
 Depth k is the token x_{t+k} behind a text x_<=t. The marginal of depth k is
 
@@ -10,13 +10,6 @@ m it is at most 1 - m away from it in total variation.
 
 import torch
 from torch import Tensor
-
-
-def rank(law: Tensor, token: Tensor) -> Tensor:
-    """[n] int64: how many tokens of `law` [n, V] come before `token` [n]; of equals the first, as for argmax."""
-    own = law.gather(-1, token[:, None])
-    place = torch.arange(law.shape[-1], device=law.device)
-    return ((law > own) | ((law == own) & (place < token[:, None]))).sum(-1)
 
 
 def overlap(p: Tensor, q: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from foretoken import saved
 from foretoken.drafters import settled
 from foretoken.errors import UserError
+from foretoken.study.rows import name_of
 from foretoken.training.setup import trainable
 
 
@@ -39,11 +40,6 @@ class Asked:
         own = folder.removeprefix(self.trained_on(model)).lstrip("-_.")
         first = own if self.method in own else " ".join(filter(None, (self.method, own)))
         return " ".join([first, *(f"{k}={v}" for k, v in self.settings.items() if k not in ("path", "other_target"))])
-
-
-def name_of(path: str) -> str:
-    """The last part of a path or of a hub name."""
-    return Path(path).resolve().name or path
 
 
 def parsed(text: str) -> Asked:

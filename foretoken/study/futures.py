@@ -27,7 +27,7 @@ LAWS, LEAF = 4, 10
 class Cut:
     """What the sums are cut to.
 
-    horizon  K, the depth of the last law: token x_{t+K}
+    horizon  K, the depth of the last law, 2 or more: token x_{t+K}
     mass     of every next-token law along a path; 1: all of it, so that the sums are exact
     least    paths of two tokens or more that are less likely are not followed, but the likeliest is (0: all are)
     """
@@ -141,18 +141,17 @@ def future(
     reader: Reader, law: Tensor, wanted: Tensor, start: int, cut: Cut, size: Size, draw: torch.Generator
 ) -> Future:
     """Of the rows `wanted` [M] of a chunk whose laws are [R, V]."""
-    M, depths, device = len(wanted), cut.horizon - 1, law.device
+    M, device = len(wanted), law.device
     sees = torch.arange(len(law), device=device) <= wanted[:, None]
     one = torch.ones(M, dtype=law.dtype, device=device)
     place = torch.arange(M, device=device)
     law = law[wanted]
     nodes = Nodes(place, law, one, one > 0, wanted + 1, sees)
-    sums = Sums(law, depths)
-    if depths:
-        visit(reader, nodes, sums, 0, cut, size.part)
+    sums = Sums(law, cut.horizon - 1)
+    visit(reader, nodes, sums, 0, cut, size.part)
     greedy, _ = path(reader, nodes, cut.horizon, None)
     drawn, behind = path(reader, nodes, cut.horizon, draw)
-    known = information(sums.total[0], sums.mass[0], sums.entropies) if depths else one * 0
+    known = information(sums.total[0], sums.mass[0], sums.entropies)
     return Future(start + wanted, law, sums.total, sums.mass, sums.leaves, known, greedy, drawn, behind)
 
 
@@ -190,4 +189,4 @@ def path(reader: Reader, nodes: Nodes, length: int, draw: torch.Generator | None
             law = law_of(reader.read(token, nodes.depth + ahead, sees))
             sees = torch.cat([sees, own], 1)
             laws.append(law)
-    return torch.stack(tokens), torch.stack(laws) if laws else law.new_zeros(0, *law.shape)
+    return torch.stack(tokens), torch.stack(laws)

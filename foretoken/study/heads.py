@@ -28,9 +28,9 @@ from foretoken.loading import load
 from foretoken.machine import Machine
 from foretoken.objective import Batch, Stage, predictions
 from foretoken.progress import Update, progress
-from foretoken.study.asked import Asked, name_of, parsed
-from foretoken.study.rows import Head, Row, Writer, short
-from foretoken.study.windows import Window, length_for, windows
+from foretoken.study.asked import Asked, parsed
+from foretoken.study.rows import Head, Row, Writer, name_of, short
+from foretoken.study.windows import Window, encoder_for, length_for, windows
 from foretoken.target import Target
 from foretoken.training.corpus import check_vocabulary
 from foretoken.training.encode import Encoder
@@ -81,10 +81,9 @@ def run(
     if len(wanted) < len(drafters):
         raise UserError("Two drafters are called the same; give each once, from folders of different names.")
     target = load(model, dtype=dtype, device=device)
-    if target.tokenizer is None:
-        raise UserError(f"{model!r} has no tokenizer, and text is to be read; put one beside the weights.")
-    check_vocabulary(target.tokenizer, target.vocab)
-    text = Text(Encoder(target.tokenizer), data, length_for(target.context, length), limit)
+    encoder = encoder_for(target.tokenizer, model)
+    check_vocabulary(encoder.tokenizer, target.vocab)
+    text = Text(encoder, data, length_for(target.context, length), limit)
     cases = [Case(target, model, label, asked, model) for label, asked in wanted.items()]
     files = [measured(case, text, out) for case in cases]
     sizes = sizes_of(target)

@@ -30,11 +30,10 @@ from foretoken.errors import UserError
 from foretoken.loading import load
 from foretoken.machine import Machine
 from foretoken.progress import progress
-from foretoken.study.rows import Head, Row, Writer, short
-from foretoken.study.windows import Window, length_for, windows
+from foretoken.study.rows import Head, Row, Writer, name_of, short
+from foretoken.study.windows import Window, encoder_for, length_for, windows
 from foretoken.target import UNNORMED, Target, norm_of
 from foretoken.text import TextStream
-from foretoken.training.encode import Encoder
 
 KIND = "layers"
 LIMIT = 20_000
@@ -74,10 +73,8 @@ def run(
     length  tokens per window; 0: 512, or as many as the model's context holds
     """
     target = load(model, dtype=dtype, device=device)
-    if target.tokenizer is None:
-        raise UserError(f"{model!r} has no tokenizer, and text is to be read; put one beside the weights.")
     length = length_for(target.context, length)
-    encoder, layers = Encoder(target.tokenizer), readable(target)
+    encoder, layers = encoder_for(target.tokenizer, model), readable(target)
     settings = {
         "limit": limit,
         "length": length,
@@ -87,7 +84,7 @@ def run(
         "tokenizer": encoder.fingerprint,
     }
     parameters = sum(p.numel() for p in target.model.parameters())
-    head = Head(KIND, model, Path(model).resolve().name, parameters, data, settings, Machine.here().as_dict())
+    head = Head(KIND, model, name_of(model), parameters, data, settings, Machine.here().as_dict())
     writer = Writer(out, head)
     try:
         if not writer.finished:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foretoken.analysis.marginals import entropy, overlap, rank
+from foretoken.analysis.lens import rank
+from foretoken.analysis.marginals import entropy, overlap
 from foretoken.errors import UserError, at_least
 from foretoken.loading import read_config
 from foretoken.machine import Machine
@@ -19,10 +20,9 @@ from foretoken.marginal import nucleus
 from foretoken.progress import Update, progress
 from foretoken.study.futures import Cut, Future, Size, futures, size_for
 from foretoken.study.reading import Reader, open_reader
-from foretoken.study.rows import Head, Row, Writer, short
-from foretoken.study.windows import Window, length_for, windows
+from foretoken.study.rows import Head, Row, Writer, name_of, short
+from foretoken.study.windows import Window, encoder_for, length_for, windows
 from foretoken.target import model_class_of
-from foretoken.training.encode import Encoder
 
 SIZES = (0.99, 0.9)
 """Masses whose sets of next tokens are counted (figure 4 of the paper)."""
@@ -97,7 +97,7 @@ def measure(
     head = head_of(reader.model, model, data, settings, "sequences" if reader.note else "tree")
     given = min(MOST, SHARE * psutil.virtual_memory().available) if memory is None else memory * 2**30
     size = size_for(reader.vocab, settings.horizon, given)
-    encoder = encoder_of(reader, model)
+    encoder = encoder_for(reader.tokenizer, model)
     with closing(Writer(folder, head)) as writer:
         if writer.finished:
             return
@@ -118,7 +118,7 @@ def head_of(model: PreTrainedModel, name: str, data: str, settings: Settings, re
     """The first line of the rows; `reading`: whether continuations are read as a tree or as sequences."""
     count = sum(p.numel() for p in model.parameters())
     asked = {**asdict(settings), "reading": reading}
-    return Head("marginal", name, label_of(name), count, data, asked, Machine.here().as_dict())
+    return Head("marginal", name, name_of(name), count, data, asked, Machine.here().as_dict())
 
 
 def measured(reader: Reader, window: Window, settings: Settings, size: Size) -> Iterator[Row]:
@@ -165,11 +165,7 @@ def columns_of(found: Future, truth: Tensor) -> dict[str, Tensor]:
         "peak": [p.amax(-1) for p in found.behind],
         "sure": [(x == token).long() for x, token in zip(found.drawn[1:], own, strict=True)],
     }
-    return {k: v if isinstance(v, Tensor) else stacked(v) for k, v in columns.items()}
-
-
-def stacked(values: list[Tensor]) -> Tensor:
-    return torch.stack(values)
+    return {k: v if isinstance(v, Tensor) else torch.stack(v) for k, v in columns.items()}
 
 
 def chance(law: Tensor, token: Tensor) -> Tensor:
@@ -182,14 +178,3 @@ def plain(values: Tensor, i: int) -> object:
     found: list[float] = values[..., i].flatten().tolist()
     numbers = [short(x) for x in found]
     return numbers if values.ndim > 1 else numbers[0]
-
-
-def label_of(model: str) -> str:
-    """The last part of a model's path."""
-    return model.rstrip("/").rpartition("/")[2]
-
-
-def encoder_of(reader: Reader, model: str) -> Encoder:
-    if reader.tokenizer is None:
-        raise UserError(f"{model!r} has no tokenizer to read a text with; put one beside its weights.")
-    return Encoder(reader.tokenizer)

@@ -7,9 +7,12 @@ in order. A file without its last line is gone on with: rows of a window that ma
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from foretoken.errors import UserError
 
@@ -51,6 +54,11 @@ class Rows:
     end: Row | None
 
 
+def name_of(path: str) -> str:
+    """The last part of a path or of a hub name."""
+    return Path(path).resolve().name or path
+
+
 def file_of(folder: Path, head: Head) -> Path:
     """Where the rows of this analysis belong."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{head.label}-{Path(head.data).stem}")
@@ -66,15 +74,23 @@ class Writer:
         self.begun, self.finished = 0, False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self.path.is_file() and self.path.stat().st_size:
-                self._go_on(head)
-            else:
-                self.path.write_text(line({"head": asdict(head)}), "utf-8")
-            self.file = self.path.open("a", encoding="utf-8")
+            self.lock = alone(self.path)
+            try:
+                self._begin(head)
+            except BaseException:
+                released(self.lock)
+                raise
         except OSError as error:
             raise UserError(
                 f"{str(folder)!r} cannot be written to ({error.strerror}); give --out another folder."
             ) from error
+
+    def _begin(self, head: Head) -> None:
+        if self.path.is_file() and self.path.stat().st_size:
+            self._go_on(head)
+        else:
+            self.path.write_text(line({"head": asdict(head)}), "utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
 
     def _go_on(self, head: Head) -> None:
         """Keep finished windows; `UserError` if the file is of another analysis."""
@@ -108,6 +124,26 @@ class Writer:
 
     def close(self) -> None:
         self.file.close()
+        released(self.lock)
+
+
+def alone(path: Path) -> BaseFileLock:
+    """The lock of a file that nobody else writes: to go on with it is to replace it, under another writer's hands."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"{str(path)!r} is being written by another command; wait for it, or give --out another folder."
+        ) from error
+    return lock
+
+
+def released(lock: BaseFileLock) -> None:
+    """Give it back and leave no file; while it is held, nobody else's is taken away."""
+    with suppress(OSError):  # where a file that is open cannot be removed it stays
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 def shown(theirs: object, ours: object) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from foretoken.errors import UserError, at_least
 from foretoken.training.encode import Encoder
 from foretoken.training.sources import chosen, open_source
@@ -35,6 +37,13 @@ def length_for(context: int | None, asked: int) -> int:
             f"Windows of {asked} tokens were asked for and the model holds {context}; give --length {context}."
         )
     return asked or min(LENGTH, context or LENGTH)
+
+
+def encoder_for(tokenizer: PreTrainedTokenizerBase | None, model: str) -> Encoder:
+    """What reads the text as `model` does; `UserError` if it came without a tokenizer."""
+    if tokenizer is None:
+        raise UserError(f"{model!r} has no tokenizer, and text is to be read; put one beside the weights.")
+    return Encoder(tokenizer)
 
 
 def windows(encoder: Encoder, data: str, length: int, limit: int, shortest: int = 2) -> Iterator[Window]:

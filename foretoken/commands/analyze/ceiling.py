@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from foretoken.commands.analyze.options import Data, Length, Limit, Models, Out
-from foretoken.commands.options import MODEL, Device, Dtype, Model
+from foretoken.commands.analyze.options import Data, Every, Least, Length, Limit, Memory, Models, Out, Seed, TopP
+from foretoken.commands.options import Device, Dtype, Model
 
 
 def ceiling(
@@ -14,18 +14,13 @@ def ceiling(
     out: Out,
     models: Models = None,
     depth: Annotated[int, typer.Option(metavar="D", min=1, help="Guesses of the longest draft.")] = 3,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Sum over the likeliest tokens of mass P.")] = 0.99,
-    least: Annotated[
-        float, typer.Option(metavar="P", help="Do not follow paths of two tokens or more less likely than P.")
-    ] = 0.001,
-    every: Annotated[int, typer.Option(metavar="N", min=1, help="Measure at every N-th position.")] = 8,
+    top_p: TopP = 0.99,
+    least: Least = 0.001,
+    every: Every = 8,
     limit: Limit = 8_000,
     length: Length = 0,
-    seed: Annotated[int, typer.Option(metavar="S", help="Of the continuations that are drawn.")] = 0,
-    memory: Annotated[
-        float | None,
-        typer.Option(metavar="GIB", min=0, help="For laws; a quarter of what is free.", rich_help_panel=MODEL),
-    ] = None,
+    seed: Seed = 0,
+    memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from foretoken.commands.analyze.options import Data, Length, Limit, Models, Out
-from foretoken.commands.options import MODEL, Device, Dtype, Model
+from foretoken.commands.analyze.options import Data, Every, Least, Length, Limit, Memory, Models, Out, Seed, TopP
+from foretoken.commands.options import Device, Dtype, Model
 
 
 def marginal(
@@ -14,20 +14,13 @@ def marginal(
     out: Out,
     models: Models = None,
     horizon: Annotated[int, typer.Option(metavar="K", min=2, help="Look K tokens ahead.")] = 2,
-    top_p: Annotated[
-        float, typer.Option(metavar="P", help="Sum over the likeliest tokens of mass P; 1: over all, which is exact.")
-    ] = 0.99,
-    least: Annotated[
-        float, typer.Option(metavar="P", help="Do not follow paths of two tokens or more less likely than P.")
-    ] = 0.0,
-    every: Annotated[int, typer.Option(metavar="N", min=1, help="Measure at every N-th position.")] = 1,
+    top_p: TopP = 0.99,
+    least: Least = 0.0,
+    every: Every = 1,
     limit: Limit = 20_000,
     length: Length = 0,
-    seed: Annotated[int, typer.Option(metavar="S", help="Of the continuations that are drawn.")] = 0,
-    memory: Annotated[
-        float | None,
-        typer.Option(metavar="GIB", min=0, help="For laws; a quarter of what is free.", rich_help_panel=MODEL),
-    ] = None,
+    seed: Seed = 0,
+    memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:

@@ -36,6 +36,19 @@ Out = Annotated[
     ),
 ]
 
+Least = Annotated[
+    float, typer.Option(metavar="P", help="Do not follow paths of two tokens or more less likely than P.")
+]
+TopP = Annotated[
+    float, typer.Option(metavar="P", help="Sum over the likeliest tokens of mass P; 1: over all, which is exact.")
+]
+Every = Annotated[int, typer.Option(metavar="N", min=1, help="Measure at every N-th position.")]
+Seed = Annotated[int, typer.Option(metavar="S", help="Of the continuations that are drawn.")]
+Memory = Annotated[
+    float | None,
+    typer.Option(metavar="GIB", min=0, help="For laws; a quarter of what is free.", rich_help_panel=MODEL),
+]
+
 
 def listed(models: str | None) -> list[str]:
     """The names in a list with commas."""
