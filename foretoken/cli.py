@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from foretoken.commands.analyze import analyze
 from foretoken.commands.bench import bench
@@ -20,6 +19,7 @@ from foretoken.commands.distill_data import distill_data
 from foretoken.commands.drafters import drafters
 from foretoken.commands.explain import explain
 from foretoken.commands.generate import generate
+from foretoken.commands.group import Group
 from foretoken.commands.peers import peers
 from foretoken.commands.plan import plan
 from foretoken.commands.report import report
@@ -35,7 +35,7 @@ COMMANDS = (
 )
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """Turns what a user did wrong into one sentence on stderr and exit code 2; a bug keeps its traceback."""
 
     def invoke(self, ctx: Any) -> Any:

@@ -3,14 +3,25 @@
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from foretoken.attention import adopt
 from foretoken.errors import UserError, unknown
@@ -22,6 +33,12 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+SAVED_AS = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What safetensors calls the floating-point dtypes that weights are converted from."""
+
+PIECE = 1 << 23
+"""Bytes of a file that are mapped at once while its tensors are converted."""
 
 READ_AS = {"mimo": "qwen2"}
 """Model types that transformers has no class for (they come with code of their own, which we do not run), and the type
@@ -68,18 +85,23 @@ def load_model(
         raise unknown("dtype", dtype, DTYPES)
     model_class = model_class_of(config)
     where = device_of(device)
-    options: dict[str, Any] = {"dtype": DTYPES[dtype] if isinstance(dtype, str) else dtype or "auto"}
+    asked = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    options: dict[str, Any] = {"dtype": asked or "auto"}
     if attention is not None:
         options["attn_implementation"] = attention
     with quiet():
         try:
-            loaded: Any = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
+            if asked is not None and (parts := to_convert(name, config, asked)):
+                options |= {"state_dict": parts, "generation_config": generation_config(name)}
+            source = None if "state_dict" in options else name
+            loaded: Any = model_class.from_pretrained(source, config=config, output_loading_info=True, **options)
         except (OSError, RuntimeError, SafetensorError, ValueError) as error:
             raise UserError(
                 f"The weights of {name!r} cannot be read ({first_line(error)}); the copy is cut short or "
                 "is no checkpoint of this model: fetch it again."
             ) from error
     model, report = loaded
+    model.name_or_path = model.config.name_or_path = name
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"The weights of {name!r} lack {len(missing)} tensors, {missing[0]!r} first; the checkpoint is incomplete: "
@@ -88,6 +110,65 @@ def load_model(
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # torch has no grouped product in float64
     return model.to(where).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a safetensors file, read when transformers converts it.
+
+    Weights that keep their dtype are used where the file is mapped. To convert them, transformers would map the whole
+    file as well, and hold both.
+    """
+
+    file: str
+    key: str
+    shape: tuple[int, ...]
+    kind: str
+
+    def __getitem__(self, index: Any) -> "Stored":
+        """Itself: `[...]` asks for the whole tensor."""
+        return self
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`, a few rows read at a time, through a mapping that is closed behind them."""
+        made = torch.empty(self.shape, dtype=dtype, device=device)
+        rows = max(1, PIECE * len(made) // max(1, made.nbytes)) if self.shape else 1
+        for start in range(0, len(made) if self.shape else 1, rows):
+            with safe_open(self.file, "pt") as opened:
+                if self.shape:
+                    made[start : start + rows] = opened.get_slice(self.key)[start : start + rows]
+                else:
+                    made.copy_(opened.get_tensor(self.key))
+        return made
+
+
+def to_convert(name: str, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Stored]:
+    """The tensors at `name` by their keys, if they are plain safetensors and some have another floating dtype.
+
+    Empty otherwise, and for what only transformers can load: quantized weights, adapters, .bin files.
+    """
+    if getattr(config, "quantization_config", None) or getattr(config, "transformers_weights", None):
+        return {}
+    single = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    index = None if single else cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    files: Any = [single] if single else get_checkpoint_shard_files(name, index)[0] if index else []
+    found: dict[str, Stored] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            parts = {key: opened.get_slice(key) for key in list(opened.keys())}
+            for key, part in parts.items():
+                found[key] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+    if all(SAVED_AS.get(part.kind, dtype) == dtype for part in found.values()):
+        return {}
+    return {} if find_adapter_config_file(name) is not None else found
+
+
+def generation_config(name: str) -> GenerationConfig | None:
+    """What `name` says of end tokens and sampling beside its configuration, if anything."""
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return None
 
 
 def device_of(device: str | torch.device | None) -> torch.device:

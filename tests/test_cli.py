@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,8 @@ from typer.testing import CliRunner, Result
 
 import foretoken
 from foretoken import Sampling
-from foretoken.cli import app, chat, generate, out_of_memory
+from foretoken.cli import COMMANDS, app, chat, generate, out_of_memory
+from foretoken.commands.group import Group
 from foretoken.drafters import METHODS, module_of
 from tests.models import BITSTORIES, STORIES, asset
 from tests.signals import listening
@@ -70,20 +70,50 @@ def subprocess_of(*args: str, **keywords: Any) -> "subprocess.CompletedProcess[s
 # starting
 
 
-def test_help_loads_no_model_code_and_is_quick():
-    seconds: list[float] = []
-    for _ in range(3):
-        began = perf_counter()
-        done = subprocess_of("-X", "importtime", "-m", "foretoken.cli", "--help")
-        seconds.append(perf_counter() - began)
-        assert done.returncode == 0
-        imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-        assert "typer" in imported
-        assert imported.isdisjoint({"torch", "transformers", "numpy", "huggingface_hub", "safetensors"})
-    training = ("train", "distill-data", "calibrate")
-    for command in ("generate", "chat", "check", "bench-step", *training, "demo", "drafters"):
-        assert f" {command} " in done.stdout
-    assert min(seconds) < 1.0  # 0.15 on an idle core
+SLOW = {"torch", "transformers", "numpy", "huggingface_hub", "safetensors", "pydantic"}
+"""What `--help` of anything must not import; help of a group draws itself, and needs no reader of Markdown either."""
+READERS = {"rich.markdown", "rich.syntax", "markdown_it", "pygments"}
+
+
+@pytest.mark.parametrize(
+    ("args", "unwanted"),
+    [
+        (["--help"], SLOW | READERS),
+        (["plan", "--help"], SLOW | READERS),
+        (["analyze", "--help"], SLOW | READERS),
+        (["generate", "--help"], SLOW),
+        (["plan", "speed", "-h"], SLOW),
+    ],
+    ids=["all", "plan", "analyze", "generate", "plan speed"],
+)
+def test_help_imports_nothing_slow(args: list[str], unwanted: set[str]):
+    done = subprocess_of("-X", "importtime", "-m", "foretoken.cli", *args)
+    assert done.returncode == 0
+    assert "Usage: foretoken" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"typer", "rich.console"} <= imported
+    assert imported.isdisjoint(unwanted)
+
+
+def test_help_shows_every_command():
+    shown = ok("--help").stdout
+    assert [line.split()[1] for line in shown.splitlines() if re.match("│ [a-z]", line)] == [
+        *(command.__name__.replace("_", "-") for command in COMMANDS),
+        *("plan", "analyze"),
+    ]
+
+
+@pytest.mark.parametrize("group", [[], ["plan"], ["analyze"]], ids=["all", "plan", "analyze"])
+def test_help_of_groups_looks_like_typers(group: list[str], monkeypatch: pytest.MonkeyPatch):
+    """The same lines, but for the options: typer gives `--help` a type."""
+
+    def shown() -> list[str]:
+        return [line for line in ok(*group, "--help").stdout.splitlines() if not line.startswith("│ --help")]
+
+    ours = shown()
+    monkeypatch.delattr(Group, "format_help")
+    assert shown() == ours
+    assert sum(line.startswith("│ ") for line in ours) > 1
 
 
 def test_the_package_imports_nothing_until_it_is_used():
@@ -486,7 +516,8 @@ def test_bench_step_and_demo_are_wired(monkeypatch: pytest.MonkeyPatch):
         "--out",
         "f",
     )
-    assert seen == [("m", "bfloat16", [1, 4, 16], 64, 2, "f")]
+    ok("bench-step", "m", "--widths", "2", "--compile")
+    assert seen == [("m", "bfloat16", [1, 4, 16], 64, 2, "f", False), ("m", None, [2], 256, 15, None, True)]
     for widths in ("1,x", "", "0"):
         assert f"--widths is '{widths}'" in refused("bench-step", "m", "--widths", widths)
     for good, code in ((True, 0), (False, 1)):

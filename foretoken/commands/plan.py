@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from foretoken.commands.group import Group
 from foretoken.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ ACCEPTANCE, TIME = "How often guesses are right", "Times, over the time of a for
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What configurations call the number of a layer's experts."""
 
-plan = typer.Typer(help="Work out what guessing brings and what heads cost.", no_args_is_help=True)
+plan = typer.Typer(cls=Group, help="Work out what guessing brings and what heads cost.", no_args_is_help=True)
 
 
 @plan.command()
