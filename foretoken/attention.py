@@ -6,10 +6,13 @@ keys and values to every query head; here the query heads of a group are rows of
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from foretoken.errors import UserError
 
 NAME = "foretoken"
 
@@ -28,6 +31,8 @@ def attend(
     What has no such mask (a prompt's first chunk, transformers' own use of the model) or has a bias or dropout of its
     own goes to transformers' function unchanged.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return planned(query, key, value, attention_mask, scaling, **kwargs), None
     special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache", "s_aux"))
     if attention_mask is None or special or kwargs.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -40,6 +45,15 @@ def attend(
         rows = rows.expand(-1, -1, 2, -1)
     out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     return out[:, :, : groups * N].reshape(B, H, N, -1).transpose(1, 2).contiguous(), None
+
+
+def planned(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scaling: float | None, **kwargs: Any) -> Tensor:
+    """[B, N, H, E] attention to slots by a plan (`compiled.PlannedCache`), which `kernels.cpp` reads."""
+    if kwargs.get("position_bias") is not None:
+        raise UserError("Attention with a bias of its own cannot be compiled; decode this model without compiling.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    cap = float(kwargs.get("softcap") or 0.0)
+    return torch.ops.foretoken.attend(query, key, value, plan, scale, cap, kwargs.get("s_aux"))
 
 
 def adopt(model: PreTrainedModel) -> None:

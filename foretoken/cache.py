@@ -147,10 +147,26 @@ class SlotCache(Cache):
         self.capacity, self.reserve = capacity, reserve
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)  # committed tokens of each row
         self.lengths = [0] * batch  # the same on the host
+        self._stores: list[Tensor] = []
 
     @property
     def longest(self) -> int:
         return max(self.lengths, default=0)
+
+    @property
+    def stores(self) -> list[Tensor]:
+        """The slots [B, heads, size, D] of each layer's keys and values, in turn; they are there after a prompt."""
+        if not self._stores:
+            held = [(layer, store) for layer in self.slots for store in (layer.keys, layer.values)]
+            self._stores = [layer.rows(store) for layer, store in held if store is not None]
+        return self._stores
+
+    def require_room(self, nodes: int) -> None:
+        """`UserError` unless every row has so many slots left."""
+        if self.longest + nodes > self.capacity:
+            raise UserError(
+                f"The cache holds {self.capacity} tokens and {self.longest + nodes} are needed; ask for more capacity."
+            )
 
     def plan(
         self,
@@ -171,8 +187,7 @@ class SlotCache(Cache):
         n = depth.shape[1]
         counts = [n] * len(self.lengths) if count is None else count
         needed = max(length + offset + c for length, c in zip(self.lengths, counts, strict=True))
-        if needed > self.capacity:
-            raise UserError(f"The cache holds {self.capacity} tokens and {needed} are needed; ask for more capacity.")
+        self.require_room(needed - self.longest)
         step = torch.arange(n, device=depth.device)
         node = self.length[:, None] + offset + step
         real = torch.tensor(counts, device=depth.device)[:, None]
@@ -235,12 +250,14 @@ class SlotCache(Cache):
 
     def select(self, rows: list[int]) -> None:
         index = torch.tensor(rows, dtype=torch.int64, device=self.length.device)
+        self._stores = []
         for layer in self.slots:
             layer.regroup(lambda x: x[index])
         self._resize([self.lengths[i] for i in rows])
 
     def join(self, other: "SlotCache") -> None:
         """Append the rows of `other`, a cache of the same layers and capacity."""
+        self._stores = []
         for mine, theirs in zip(self.slots, other.slots, strict=True):
             assert mine.size == theirs.size
             if theirs.keys is not None:

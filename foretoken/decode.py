@@ -162,7 +162,7 @@ class Session:
         capacity: tokens per row, by default what the requests need; rows that join later must need no more.
         on_read: told the prompt tokens read so far, and of how many, after each chunk of the longest prompt.
         """
-        self.target, self.drafter, self.rule = target, drafter, rule or Match()
+        self.target, self.drafter, self.rule = target.settled(drafter.needs.features), drafter, rule or Match()
         for request in requests:
             check_request(target, request)
         self.rows = [Row(self._fitted(r), list(r.tokens), began=perf_counter()) for r in requests]

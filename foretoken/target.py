@@ -117,6 +117,10 @@ class Target:
         """An empty cache for rows of `capacity` tokens and drafts of `width` nodes."""
         return SlotCache(batch, capacity, self.windows, max(self.chunk, width), self.device)
 
+    def settled(self, features: Sequence[int] = ()) -> "Target":
+        """The target that a session is to use throughout; a compiled one may still be compiling."""
+        return self
+
     def judge(self, draft: Draft, cache: SlotCache, features: Sequence[int] = ()) -> Read:
         """Read a whole draft behind the committed tokens: logits and features at every node."""
         if draft.chained:

@@ -1,0 +1,628 @@
+// One decoding step on a processor: few rows against all weights, few queries against a long cache.
+//
+// Whatever the number of rows, every sum is taken in the same order: an output of `linear` over its inputs one after
+// the other, one of `attend` over positions, not slots. A node of a tree so gets the very bits that it would get if its
+// path were decoded token by token, in any batch, in every type.
+//
+// Vectors are those of GCC and Clang, 64 bytes wide: registers of AVX-512, pairs of them elsewhere.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using std::int64_t;
+
+#if defined(__AVX512F__)
+constexpr int ROWS = 12;  // accumulators of so many rows fit in registers
+#else
+constexpr int ROWS = 3;
+#endif
+constexpr int64_t CHUNK = 512;  // positions whose attention is one piece of work
+
+using Floats = float __attribute__((vector_size(64)));
+using Doubles = double __attribute__((vector_size(64)));
+using Ints = std::int32_t __attribute__((vector_size(64)));
+using Words = std::uint32_t __attribute__((vector_size(64)));
+using Longs = int64_t __attribute__((vector_size(64)));
+
+template <class V, class P>
+inline V load(const P* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+// How a type is multiplied. A cell is what one lane takes at once: two neighbours of bfloat16, else one value.
+template <class T>
+struct Kind;
+
+template <>
+struct Kind<float> {
+  using Sum = float;
+  using Vec = Floats;
+  using Cell = float;
+  static constexpr int pair = 1, lanes = 16;
+  static Vec cells(const float* p) { return load<Vec>(p); }
+  static Vec spread(const float* p) { return Vec{} + *p; }
+  static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
+  static Vec values(const float* p) { return load<Vec>(p); }
+};
+
+template <>
+struct Kind<double> {
+  using Sum = double;
+  using Vec = Doubles;
+  using Cell = double;
+  static constexpr int pair = 1, lanes = 8;
+  static Vec cells(const double* p) { return load<Vec>(p); }
+  static Vec spread(const double* p) { return Vec{} + *p; }
+  static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
+  static Vec values(const double* p) { return load<Vec>(p); }
+};
+
+template <>
+struct Kind<c10::BFloat16> {
+  using Sum = float;
+  using Vec = Floats;
+  using Cell = std::uint32_t;
+  static constexpr int pair = 2, lanes = 16;
+  static Words cells(const c10::BFloat16* p) { return load<Words>(p); }
+  static Words spread(const c10::BFloat16* p) {
+    std::uint32_t cell;
+    std::memcpy(&cell, p, 4);
+    return Words{} + cell;
+  }
+  static Vec mac(Vec a, Words w, Words x) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_dpbf16_ps((__m512)a, (__m512bh)w, (__m512bh)x);
+#else
+    a += (Vec)(w << 16) * (Vec)(x << 16);
+    return a + (Vec)(w & 0xffff0000u) * (Vec)(x & 0xffff0000u);
+#endif
+  }
+  static Vec values(const c10::BFloat16* p) {
+    using Half = std::uint16_t __attribute__((vector_size(32)));
+    return (Vec)(__builtin_convertvector(load<Half>(p), Words) << 16);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------- linear
+
+// Outputs of one block of weights: two vectors of lanes.
+template <class T>
+constexpr int64_t block_of() {
+  return 2 * Kind<T>::lanes;
+}
+
+// The cells of M rows x [M, K] as [K / pair, M]: what is multiplied at once lies together.
+template <class T>
+void interleave(const T* x, int64_t stride, int64_t M, int64_t K, T* out) {
+  constexpr int P = Kind<T>::pair;
+  for (int64_t m = 0; m < M; m++) {
+    const T* row = x + m * stride;
+    for (int64_t k = 0; k < K; k += P)
+      for (int p = 0; p < P; p++) out[(k / P * M + m) * P + p] = k + p < K ? row[k + p] : T(0);
+  }
+}
+
+// y [M, block] = x w^T for one block of packed weights.
+template <class T, int M>
+void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
+  using K = Kind<T>;
+  constexpr int P = K::pair, L = K::lanes;
+  typename K::Vec a[M] = {}, b[M] = {};
+  for (int64_t k = 0; k < cells; k++) {
+    const auto w0 = K::cells(w + 2 * k * L * P), w1 = K::cells(w + (2 * k + 1) * L * P);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      const auto xm = K::spread(x + (k * M + m) * P);
+      a[m] = K::mac(a[m], w0, xm);
+      b[m] = K::mac(b[m], w1, xm);
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    std::memcpy(y + 2 * m * L, &a[m], 64);
+    std::memcpy(y + (2 * m + 1) * L, &b[m], 64);
+  }
+}
+
+template <class T>
+using Tile = void (*)(const T*, const T*, int64_t, typename Kind<T>::Sum*);
+
+template <class T, int... M>
+Tile<T> tile_of(int rows, std::integer_sequence<int, M...>) {
+  static constexpr Tile<T> table[] = {tile<T, M + 1>...};
+  return table[rows - 1];
+}
+
+template <class T>
+void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
+  using Sum = typename Kind<T>::Sum;
+  constexpr int64_t P = Kind<T>::pair, BLOCK = block_of<T>();
+  const int64_t M = x.size(0), K = x.size(1), N = y.size(1), cells = (K + P - 1) / P;
+  const int64_t passes = (M + ROWS - 1) / ROWS;
+  const T *xs = x.const_data_ptr<T>(), *ws = packed.const_data_ptr<T>();
+  T* ys = y.data_ptr<T>();
+  at::parallel_for(0, (N + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<T> rows;
+    if (rows.size() < size_t(M * cells * P)) rows.resize(M * cells * P);
+    const auto first = [&](int64_t pass) { return M * pass / passes; };
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t m = first(pass);
+      interleave(xs + m * x.stride(0), x.stride(0), first(pass + 1) - m, K, rows.data() + m * cells * P);
+    }
+    alignas(64) Sum sums[ROWS * BLOCK];
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t n0 = block * BLOCK, width = std::min(BLOCK, N - n0);
+      for (int64_t pass = 0; pass < passes; pass++) {
+        const int64_t m0 = first(pass), count = first(pass + 1) - m0;
+        const auto work = tile_of<T>(int(count), std::make_integer_sequence<int, ROWS>{});
+        work(ws + block * cells * P * BLOCK, rows.data() + m0 * cells * P, cells, sums);
+        for (int64_t m = 0; m < count; m++)
+          for (int64_t n = 0; n < width; n++)
+            ys[(m0 + m) * N + n0 + n] = T(sums[m * BLOCK + n] + (bias ? Sum(bias[n0 + n]) : Sum(0)));
+      }
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------- attention
+
+inline Floats exponential(Floats x) {
+  // Cephes' expf: 2^n times a polynomial of the remainder
+  const Floats low = Floats{} - 87.0f, magic = Floats{} + 12582912.0f;
+  x = x < low ? low : x;
+  const Floats n = (x * 1.44269504f + magic) - magic;
+  const Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  Floats y = Floats{} + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return y * (Floats)power;
+}
+
+inline Doubles exponential(Doubles x) {
+  for (int i = 0; i < 8; i++) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <class V, class Index>
+inline void swap_lanes(V& a, V& b, int step, int lanes) {
+  // of rows `step` apart, exchange the lanes off the diagonal
+  Index low, high;
+  for (int i = 0; i < lanes; i++) {
+    low[i] = i & step ? lanes + (i ^ step) : i;
+    high[i] = i & step ? lanes + i : (i ^ step);
+  }
+  const V upper = __builtin_shuffle(a, b, low), lower = __builtin_shuffle(a, b, high);
+  a = upper;
+  b = lower;
+}
+
+// A square of cells turned: row i lane j becomes row j lane i.
+template <int L, class V, class Index>
+inline void turn(V (&rows)[L]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < L; step *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++)
+      if (!(i & step)) swap_lanes<V, Index>(rows[i], rows[i + step], step, L);
+}
+
+template <class T>
+struct Squares {  // of bfloat16 and float: 16 x 16 words
+  using Vec = Words;
+  using Index = Ints;
+};
+template <>
+struct Squares<double> {
+  using Vec = Doubles;
+  using Index = Longs;
+};
+
+// The heads of one layer that share keys, and what their queries see.
+template <class T>
+struct Head {
+  using K = Kind<T>;
+  using Sum = typename K::Sum;
+  const T *query, *keys, *values;  // [N, G, D] by strides; [S, D]; [S, E]
+  int64_t by_node, by_head, key_stride, value_stride;
+  int64_t N, G, D, E, S;           // nodes, heads of a group, sizes of a key and a value, slots
+  int64_t length, window;          // committed tokens; 0: all of them are seen
+  const int64_t* plan;             // [N, 2 + N]
+  Sum scale, cap;
+  const T* sinks;                  // [G] or none
+
+  int64_t slot(int64_t position) const { return position < S ? position : position % S; }
+};
+
+// What a thread works in.
+template <class Sum, class T>
+struct Room {
+  std::vector<T> query, square;
+  std::vector<Sum> scores, branch, sums;
+  std::vector<int64_t> path, depth;
+};
+
+// Scores [Q, lanes] of all queries and the keys at `lanes` slots.
+template <class T>
+void score(const Head<T>& h, const T* const* rows, const T* query, T* square, typename Kind<T>::Sum* out,
+           int64_t stride) {
+  using K = Kind<T>;
+  using V = typename Squares<T>::Vec;
+  constexpr int P = K::pair, L = K::lanes;
+  const int64_t cells = (h.D + P - 1) / P, Q = h.N * h.G;
+  for (int64_t c = 0; c < cells; c += L) {
+    V part[L];
+    const int64_t left = std::min<int64_t>(L, cells - c);
+    for (int i = 0; i < L; i++) {
+      if (left == L && (c + L) * P <= h.D) {
+        part[i] = load<V>(rows[i] + c * P);
+      } else {
+        part[i] = V{};
+        std::memcpy(&part[i], rows[i] + c * P, sizeof(T) * std::min<int64_t>(left * P, h.D - c * P));
+      }
+    }
+    turn<L, V, typename Squares<T>::Index>(part);
+    std::memcpy(square + c * P * L, part, sizeof(part[0]) * left);
+  }
+  constexpr int TOGETHER = 8;
+  for (int64_t q = 0; q < Q; q += TOGETHER) {
+    const int count = int(std::min<int64_t>(TOGETHER, Q - q));
+    typename K::Vec sums[TOGETHER] = {};
+    const T* base = query + q * cells * P;
+    if (count == TOGETHER) {
+      for (int64_t c = 0; c < cells; c++) {
+        const auto keys = K::cells(square + c * P * L);
+#pragma GCC unroll 8
+        for (int i = 0; i < TOGETHER; i++) sums[i] = K::mac(sums[i], keys, K::spread(base + (i * cells + c) * P));
+      }
+    } else {
+      for (int i = 0; i < count; i++)
+        for (int64_t c = 0; c < cells; c++)
+          sums[i] = K::mac(sums[i], K::cells(square + c * P * L), K::spread(base + (i * cells + c) * P));
+    }
+    for (int i = 0; i < count; i++) {
+      typename K::Vec s = sums[i] * h.scale;
+      if (h.cap > 0)
+        for (int l = 0; l < L; l++) s[l] = h.cap * std::tanh(s[l] / h.cap);
+      std::memcpy(out + (q + i) * stride, &s, 64);
+    }
+  }
+}
+
+// sums [Q, E] += weight [Q] times the values at one slot; of queries `first ..` only.
+template <class T>
+void gather(const Head<T>& h, const T* value, const typename Kind<T>::Sum* weight, int64_t stride, int64_t first,
+            int64_t count, typename Kind<T>::Sum* sums) {
+  using K = Kind<T>;
+  constexpr int L = K::lanes;
+  for (int64_t e = 0; e < h.E; e += L) {
+    if (e + L <= h.E) {
+      const auto v = K::values(value + e);
+      for (int64_t q = first; q < first + count; q++) {
+        auto* at = sums + q * h.E + e;
+        auto s = load<typename K::Vec>(at);
+        s += v * weight[q * stride];
+        std::memcpy(at, &s, 64);
+      }
+    } else {
+      for (int64_t q = first; q < first + count; q++)
+        for (int64_t i = e; i < h.E; i++) sums[q * h.E + i] += typename K::Sum(value[i]) * weight[q * stride];
+    }
+  }
+}
+
+// sums [Q, E] += weights [Q, positions begin .. end) times values, E a multiple of the lanes: sums stay in registers.
+template <class T, int QUERIES>
+void gather_run(const Head<T>& h, int64_t begin, int64_t end, const typename Kind<T>::Sum* weight, int64_t stride,
+                typename Kind<T>::Sum* sums) {
+  using K = Kind<T>;
+  constexpr int L = K::lanes, WIDE = 4;
+  for (int64_t e = 0; e < h.E; e += WIDE * L) {
+    typename K::Vec s[QUERIES][WIDE];
+    for (int q = 0; q < QUERIES; q++)
+      for (int i = 0; i < WIDE; i++) s[q][i] = load<typename K::Vec>(sums + q * h.E + e + i * L);
+    for (int64_t p = begin; p < end; p++) {
+      const T* value = h.values + h.slot(p) * h.value_stride + e;
+      typename K::Vec v[WIDE];
+#pragma GCC unroll 4
+      for (int i = 0; i < WIDE; i++) v[i] = K::values(value + i * L);
+#pragma GCC unroll 4
+      for (int q = 0; q < QUERIES; q++) {
+        const auto w = weight[q * stride + (p - begin)];
+#pragma GCC unroll 4
+        for (int i = 0; i < WIDE; i++) s[q][i] += v[i] * w;
+      }
+    }
+    for (int q = 0; q < QUERIES; q++)
+      for (int i = 0; i < WIDE; i++) std::memcpy(sums + q * h.E + e + i * L, &s[q][i], 64);
+  }
+}
+
+template <class T>
+void gather_all(const Head<T>& h, int64_t begin, int64_t end, const typename Kind<T>::Sum* weight, int64_t stride,
+                typename Kind<T>::Sum* sums) {
+  const int64_t Q = h.N * h.G;
+  if (h.E % (4 * Kind<T>::lanes) == 0) {
+    int64_t q = 0;
+    for (; q + 4 <= Q; q += 4) gather_run<T, 4>(h, begin, end, weight + q * stride, stride, sums + q * h.E);
+    for (; q < Q; q++) gather_run<T, 1>(h, begin, end, weight + q * stride, stride, sums + q * h.E);
+    return;
+  }
+  for (int64_t p = begin; p < end; p++)
+    gather(h, h.values + h.slot(p) * h.value_stride, weight + (p - begin), stride, 0, Q, sums);
+}
+
+// Weights in place of scores [begin, end); returns their sum. `top` is the largest score.
+template <class T>
+typename Kind<T>::Sum soften(typename Kind<T>::Sum* scores, int64_t begin, int64_t end,
+                             typename Kind<T>::Sum top) {
+  using K = Kind<T>;
+  typename K::Vec total = {};
+  for (int64_t p = begin / K::lanes * K::lanes; p < end; p += K::lanes) {
+    auto s = exponential(load<typename K::Vec>(scores + p) - top);
+    for (int i = 0; i < K::lanes; i++)
+      if (p + i < begin || p + i >= end) s[i] = 0;
+    std::memcpy(scores + p, &s, 64);
+    total += s;
+  }
+  typename K::Sum sum = 0;
+  for (int i = 0; i < K::lanes; i++) sum += total[i];
+  return sum;
+}
+
+// The chunk's part of each query's attention: sums [Q, E], and per query its largest score and the sum of weights.
+template <class T>
+void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T>& room,
+                  typename Kind<T>::Sum* sums, typename Kind<T>::Sum* tops, typename Kind<T>::Sum* totals) {
+  using K = Kind<T>;
+  using Sum = typename K::Sum;
+  constexpr int P = K::pair, L = K::lanes;
+  const int64_t Q = h.N * h.G, cells = (h.D + P - 1) / P;
+  const int64_t low = chunk * CHUNK, high = low + CHUNK, committed = std::min(high, h.length);
+  room.query.resize(Q * cells * P);
+  room.square.resize((cells + L) * P * L);
+  room.scores.resize(Q * (CHUNK + L));
+  for (int64_t n = 0; n < h.N; n++)
+    for (int64_t g = 0; g < h.G; g++) {
+      T* to = room.query.data() + (n * h.G + g) * cells * P;
+      to[cells * P - 1] = T(0);
+      std::copy_n(h.query + n * h.by_node + g * h.by_head, h.D, to);
+    }
+  const T* rows[L];
+  Sum* scores = room.scores.data();
+  const int64_t stride = CHUNK + L;
+  int64_t oldest = low;  // the first position that any query sees
+  if (h.window > 0) oldest = std::max(low, (h.length - h.window + 1) / L * L);
+  for (int64_t p = oldest / L * L; p < committed; p += L) {
+    for (int i = 0; i < L; i++) rows[i] = h.keys + h.slot(std::min(p + i, committed - 1)) * h.key_stride;
+    score(h, rows, room.query.data(), room.square.data(), scores + (p - low), stride);
+  }
+  // the nodes in flight, seen along each one's path
+  room.path.resize(h.N * h.N);
+  room.depth.resize(h.N);
+  const bool branches = high > h.length;
+  const int64_t padded = (h.N + L - 1) / L * L;
+  if (branches) {
+    room.branch.resize(Q * padded);
+    for (int64_t p = 0; p < h.N; p += L) {
+      for (int i = 0; i < L; i++)
+        rows[i] = h.keys + h.slot(h.length + std::min<int64_t>(p + i, h.N - 1)) * h.key_stride;
+      score(h, rows, room.query.data(), room.square.data(), room.branch.data() + p, padded);
+    }
+  }
+  for (int64_t n = 0; n < h.N; n++) {
+    int64_t depth = 0;
+    for (int64_t j = 0; j < h.N; j++)
+      if (h.plan[n * (2 + h.N) + 2 + j]) room.path[n * h.N + depth++] = j;
+    room.depth[n] = depth;  // nodes that it sees, itself included
+  }
+  std::fill_n(sums, Q * h.E, Sum(0));
+  for (int64_t q = 0; q < Q; q++) {
+    const int64_t n = q / h.G, end = std::min(high, h.length + room.depth[n]);
+    int64_t begin = oldest;
+    if (h.window > 0) begin = std::max(begin, h.length + room.depth[n] - h.window);
+    Sum* s = scores + q * stride;
+    for (int64_t p = std::max(low, h.length); p < end; p++)
+      s[p - low] = room.branch[q * padded + room.path[n * h.N + p - h.length]];
+    Sum top = -std::numeric_limits<Sum>::infinity();
+    for (int64_t p = begin; p < end; p++) top = std::max(top, s[p - low]);
+    tops[q] = top;
+    totals[q] = begin < end ? soften<T>(s, begin - low, end - low, top) : Sum(0);
+    // positions outside weigh nothing
+    if (begin >= end) std::fill_n(s, std::max<int64_t>(0, committed - low), Sum(0));
+    else std::fill_n(s + (oldest / L * L - low), std::max<int64_t>(0, begin - oldest / L * L), Sum(0));
+  }
+  if (committed > oldest) gather_all(h, oldest, committed, scores + (oldest - low), stride, sums);
+  for (int64_t q = 0; branches && q < Q; q++) {
+    const int64_t n = q / h.G, end = std::min(high, h.length + room.depth[n]);
+    for (int64_t p = std::max(low, h.length); p < end; p++) {
+      const int64_t slot = h.slot(h.length + room.path[n * h.N + p - h.length]);
+      gather(h, h.values + slot * h.value_stride, scores + (p - low), stride, q, 1, sums);
+    }
+  }
+}
+
+template <class T>
+void attend_all(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& plan, double scale,
+                double cap, const T* sinks, Tensor& out) {
+  using Sum = typename Kind<T>::Sum;
+  const int64_t B = query.size(0), H = query.size(1), N = query.size(2), heads = keys.size(1);
+  const int64_t G = H / heads, Q = N * G, E = values.size(3);
+  const int64_t* plans = plan.const_data_ptr<int64_t>();
+  int64_t longest = 0;
+  for (int64_t b = 0; b < B; b++) longest = std::max(longest, plans[b * N * (2 + N)]);
+  const int64_t chunks = (longest + N + CHUNK - 1) / CHUNK, piece = Q * (E + 2);
+  static thread_local std::vector<Sum> store;
+  if (store.size() < size_t(B * heads * chunks * piece)) store.resize(B * heads * chunks * piece);
+  Sum* pieces = store.data();
+
+  at::parallel_for(0, B * heads * chunks, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Room<Sum, T> room;
+    for (int64_t item = begin; item < end; item++) {
+      const int64_t b = item / (heads * chunks), k = item / chunks % heads, chunk = item % chunks;
+      Sum *sums = pieces + item * piece, *tops = sums + Q * E, *totals = tops + Q;
+      const int64_t length = plans[b * N * (2 + N)];
+      if (chunk * CHUNK >= length + N) {
+        std::fill_n(totals, Q, Sum(0));
+        continue;
+      }
+      const Head<T> head{query.const_data_ptr<T>() + b * query.stride(0) + k * G * query.stride(1),
+                         keys.const_data_ptr<T>() + b * keys.stride(0) + k * keys.stride(1),
+                         values.const_data_ptr<T>() + b * values.stride(0) + k * values.stride(1),
+                         query.stride(2), query.stride(1), keys.stride(2), values.stride(2),
+                         N, G, query.size(3), E, keys.size(2),
+                         length, plans[b * N * (2 + N) + 1], plans + b * N * (2 + N),
+                         Sum(scale), Sum(cap), nullptr};
+      attend_chunk(head, chunk, room, sums, tops, totals);
+    }
+  });
+
+  T* result = out.data_ptr<T>();  // [B, N, H, E]
+  at::parallel_for(0, B * heads * Q, std::max<int64_t>(1, 32768 / (E * chunks)), [&](int64_t begin, int64_t end) {
+    std::vector<Sum> mixed(E);
+    for (int64_t item = begin; item < end; item++) {
+      const int64_t bk = item / Q, q = item % Q, b = bk / heads, head = bk % heads * G + q % G;
+      const Sum* first = pieces + bk * chunks * piece;
+      Sum top = sinks ? Sum(sinks[head]) : -std::numeric_limits<Sum>::infinity(), total = 0;
+      for (int64_t c = 0; c < chunks; c++)
+        if (first[c * piece + Q * E + Q + q] > 0) top = std::max(top, first[c * piece + Q * E + q]);
+      if (sinks) total = std::exp(Sum(sinks[head]) - top);
+      std::fill(mixed.begin(), mixed.end(), Sum(0));
+      for (int64_t c = 0; c < chunks; c++) {
+        const Sum* from = first + c * piece;
+        if (!(from[Q * E + Q + q] > 0)) continue;
+        const Sum weight = std::exp(from[Q * E + q] - top);
+        total += weight * from[Q * E + Q + q];
+        for (int64_t e = 0; e < E; e++) mixed[e] += weight * from[q * E + e];
+      }
+      T* to = result + ((b * N + q / G) * H + head) * E;
+      for (int64_t e = 0; e < E; e++) to[e] = T(mixed[e] / total);
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------- operators
+
+template <class Work>
+void by_type(const Tensor& x, Work&& work) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return work(float{});
+    case at::kDouble: return work(double{});
+    case at::kBFloat16: return work(c10::BFloat16{});
+    default: TORCH_CHECK(false, "foretoken's kernels take float32, float64 and bfloat16, not ", x.scalar_type());
+  }
+}
+
+// [ceil(N / block), ceil(K / pair), block, pair] of a weight [N, K], zeros where there is none.
+Tensor pack(const Tensor& weight) {
+  const Tensor w = weight.contiguous();
+  Tensor out;
+  by_type(w, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int64_t P = Kind<T>::pair, BLOCK = block_of<T>();
+    const int64_t N = w.size(0), K = w.size(1), cells = (K + P - 1) / P, blocks = (N + BLOCK - 1) / BLOCK;
+    out = at::empty({blocks, cells, BLOCK, P}, w.options());
+    const T* from = w.const_data_ptr<T>();
+    T* to = out.data_ptr<T>();
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; block++)
+        for (int64_t n = 0; n < BLOCK; n++)
+          for (int64_t k = 0; k < cells * P; k++) {
+            const int64_t row = block * BLOCK + n;
+            to[((block * cells + k / P) * BLOCK + n) * P + k % P] = row < N && k < K ? from[row * K + k] : T(0);
+          }
+    });
+  });
+  return out;
+}
+
+// [..., outputs] of x [..., K] and a packed weight.
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+  const Tensor rows = x.reshape({-1, x.size(-1)}).contiguous();
+  Tensor y = at::empty({rows.size(0), outputs}, x.options());
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    TORCH_CHECK(packed.scalar_type() == x.scalar_type() && packed.size(1) * packed.size(3) >= x.size(-1) &&
+                packed.size(0) * packed.size(2) >= outputs, "a weight packed for other inputs");
+    multiply<T>(rows, packed, bias ? bias->const_data_ptr<T>() : nullptr, y);
+  });
+  auto shape = x.sizes().vec();
+  shape.back() = outputs;
+  return y.view(shape);
+}
+
+// Put new keys [B, K, N, D] and values [B, K, N, E] into the slots [B, N] of a layer's [B, K, S, D] and [B, K, S, E].
+void write(Tensor& keys, Tensor& values, const Tensor& new_keys, const Tensor& new_values, const Tensor& slot) {
+  const int64_t B = slot.size(0), N = slot.size(1), heads = keys.size(1);
+  const Tensor slots = slot.contiguous();
+  const auto copy = [&](Tensor& store, const Tensor& fresh) {
+    TORCH_CHECK(store.stride(3) == 1 && fresh.stride(3) == 1 && store.scalar_type() == fresh.scalar_type() &&
+                store.size(3) == fresh.size(3), "keys and values unlike those of the cache");
+    const int64_t bytes = fresh.element_size(), size = fresh.size(3) * bytes;
+    char* to = static_cast<char*>(store.mutable_data_ptr());
+    const char* from = static_cast<const char*>(fresh.const_data_ptr());
+    const int64_t* at = slots.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < B; b++)
+      for (int64_t k = 0; k < heads; k++)
+        for (int64_t n = 0; n < N; n++) {
+          const int64_t row = at[b * N + n];
+          TORCH_CHECK(0 <= row && row < store.size(2), "slot ", row, " of ", store.size(2));
+          std::memcpy(to + (b * store.stride(0) + k * store.stride(1) + row * store.stride(2)) * bytes,
+                      from + (b * fresh.stride(0) + k * fresh.stride(1) + n * fresh.stride(2)) * bytes, size);
+        }
+  };
+  copy(keys, new_keys);
+  copy(values, new_values);
+}
+
+// [B, N, H, E] attention of query [B, H, N, D] to keys [B, K, S, D] and values [B, K, S, E] by a plan
+// [B, 1, N, 2 + N] int64: committed tokens, window (0: none), and whether a node sees each node.
+Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& plan, double scale,
+              double cap, const std::optional<Tensor>& sinks) {
+  Tensor out = at::empty({query.size(0), query.size(2), query.size(1), values.size(3)}, query.options());
+  const Tensor plans = plan.contiguous();
+  TORCH_CHECK(query.stride(3) == 1 && keys.stride(3) == 1 && values.stride(3) == 1, "values must lie together");
+  by_type(query, [&](auto zero) {
+    using T = decltype(zero);
+    attend_all<T>(query, keys, values, plans, scale, cap, sinks ? sinks->const_data_ptr<T>() : nullptr, out);
+  });
+  return out;
+}
+
+TORCH_LIBRARY(foretoken, m) {
+  m.def("pack(Tensor weight) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+  m.def("write(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor slot) -> ()");
+  m.def("attend(Tensor query, Tensor keys, Tensor values, Tensor plan, float scale, float cap, Tensor? sinks) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(foretoken, CPU, m) {
+  m.impl("pack", pack);
+  m.impl("linear", linear);
+  m.impl("write", write);
+  m.impl("attend", attend);
+}
+
+}  // namespace

@@ -1,0 +1,129 @@
+"""A module traced once for every batch, width and capacity, with its linear layers on packed weights.
+
+torch.export runs the unmodified module on tensors without values and writes down what it did. Linear layers of one
+input become one operator over their weights side by side; weights are inputs of the trace, so what is compiled holds
+none and serves every checkpoint of the same shape.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+ops: Any = torch.ops
+LINEAR = ops.aten.linear.default
+NOTES = (ops.aten._assert_tensor_metadata.default,)
+"""What tracing leaves behind that computes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an input of the trace comes from.
+
+    kind   "packed": the weights `names` one below the other, packed; "weight": the parameter or buffer of that name;
+           "constant": a tensor of the trace's own
+    names  of parameters, buffers or constants
+    """
+
+    kind: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A traced module.
+
+    graph      takes the sources' tensors, then the module's own arguments, flat
+    sources    of the inputs that are no arguments
+    constants  tensors of the trace's own by name
+    """
+
+    graph: fx.GraphModule
+    sources: list[Source]
+    constants: Mapping[str, Tensor]
+
+
+def lower(module: nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Lowered:
+    """`module` traced on `args`; `dynamic` says which of their dimensions may change, as torch.export has it."""
+    with torch.no_grad():
+        program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+    graph, signature = program.graph_module.graph, program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = dict(signature.inputs_to_lifted_tensor_constants)
+    sources = pack_linears(graph, names)
+    for node in list(graph.nodes):
+        if node.target in NOTES or (node.op == "placeholder" and node.name in names and not node.users):
+            graph.erase_node(node)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            sources.append(Source("weight", (names[node.name],)))
+        elif node.op == "placeholder" and node.name in constants:
+            sources.append(Source("constant", (constants[node.name],)))
+    first(graph, {*names, *constants})
+    graph.lint()
+    program.graph_module.recompile()
+    own: dict[str, Any] = {name: program.constants[name] for name in constants.values()}
+    return Lowered(program.graph_module, sources, own)
+
+
+def pack_linears(graph: fx.Graph, names: Mapping[str, str]) -> list[Source]:
+    """Replace the linear layers whose weights are parameters, those of one input together; their sources, in order."""
+    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target is LINEAR and node.args[1].name in names:
+            groups.setdefault((node.args[0], len(node.args) > 2 and node.args[2] is not None), []).append(node)
+    start, sources = next(iter(graph.nodes)), list[Source]()
+    for number, ((states, biased), members) in enumerate(groups.items()):
+        sizes = [node.args[1].meta["val"].shape[0] for node in members]  # pyright: ignore
+        with graph.inserting_before(start):
+            packed = graph.placeholder(f"packed_{number}")
+        sources.append(Source("packed", tuple(names[node.args[1].name] for node in members)))  # pyright: ignore
+        with graph.inserting_before(members[0]):
+            bias = None
+            if biased:
+                bias = members[0].args[2]
+                if len(members) > 1:
+                    bias = graph.call_function(ops.aten.cat.default, ([node.args[2] for node in members],))
+            whole = graph.call_function(ops.foretoken.linear.default, (states, packed, bias, sum(sizes)))
+            ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+            for node, size, end in zip(members, sizes, ends, strict=True):
+                part = whole
+                if len(members) > 1:
+                    part = graph.call_function(ops.aten.slice.Tensor, (whole, -1, end - size, end))
+                node.replace_all_uses_with(part)
+        for node in members:
+            graph.erase_node(node)
+    return sources
+
+
+def first(graph: fx.Graph, own: set[str]) -> None:
+    """Order the placeholders: packed weights, then what is in `own`, then arguments."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    arguments = [n for n in inputs if n.name not in own and not n.name.startswith("packed_")]
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in arguments:
+        anchor.prepend(node)
+
+
+def tensors(sources: Sequence[Source], module: nn.Module, constants: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the sources stand for in `module`, weights packed."""
+    found: list[Tensor] = []
+    for source in sources:
+        if source.kind == "constant":
+            found.append(constants[source.names[0]])
+            continue
+        parts = [tensor_of(module, name) for name in source.names]
+        if source.kind == "packed":
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            found.append(ops.foretoken.pack(whole.detach()))
+        else:
+            found.append(parts[0].detach().contiguous())
+    return found
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)

@@ -1,0 +1,114 @@
+"""What was compiled, on disk and at work: a shared library without weights, and where its inputs come from."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foretoken.kernels import fingerprint, folder, load_kernels
+from foretoken.lowering import Source, lower, tensors
+
+Progress = Callable[[str], None]
+"""Told the name of each stage of compiling as it begins."""
+
+STAGES = ("kernels", "tracing", "compiling", "packing weights")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is to be compiled.
+
+    key      everything that the trace depends on
+    module   whose weights the program reads
+    args     of its forward, as an example: nested lists of tensors
+    dynamic  which of their dimensions may change, as torch.export has it
+    """
+
+    key: Sequence[object]
+    module: nn.Module
+    args: tuple[Any, ...]
+    dynamic: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The same for what compiles to the same code."""
+        parts = [*self.key, torch.__version__, fingerprint()]
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+class Program:
+    """A compiled module: call it with the module's arguments, flat and contiguous."""
+
+    def __init__(self, path: Path, inputs: list[Tensor]) -> None:
+        from torch._inductor import aoti_load_package
+
+        self.loader: Any = aoti_load_package(str(path / "program.pt2"), run_single_threaded=True).loader
+        self.inputs = inputs
+
+    def __call__(self, *args: Tensor) -> list[Tensor]:
+        return self.loader.run([*self.inputs, *args])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed weights and all else that it reads."""
+        return sum(x.nbytes for x in self.inputs)
+
+
+class Trace(Program):
+    """A traced module that runs operator by operator: there at once, slower, and the same."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        lowered = lower(recipe.module, recipe.args, recipe.dynamic)
+        self.inputs, self.graph = tensors(lowered.sources, recipe.module, lowered.constants), lowered.graph
+
+    def __call__(self, *args: Tensor) -> list[Tensor]:
+        return list(self.graph(*self.inputs, *args))
+
+
+def program(recipe: Recipe, progress: Progress | None = None, *, inductor: bool = True) -> Program:
+    """The compiled module of a recipe, from the disk if it was compiled before; without `inductor` its trace."""
+    tell: Progress = progress or (lambda stage: None)
+    tell(STAGES[0])
+    load_kernels()
+    if not inductor:
+        tell(STAGES[1])
+        return Trace(recipe)
+    path = folder() / "programs" / recipe.name
+    path.mkdir(parents=True, exist_ok=True)
+    with FileLock(path / "lock"):
+        if not (path / "inputs.json").exists():
+            compile_into(path, recipe, tell)
+    tell(STAGES[3])
+    sources = [Source(s["kind"], tuple(s["names"])) for s in json.loads((path / "inputs.json").read_text())]
+    constants = load_file(path / "constants.safetensors")
+    return Program(path, tensors(sources, recipe.module, constants))
+
+
+def compile_into(path: Path, recipe: Recipe, tell: Progress) -> None:
+    """Trace and compile; `inputs.json` is written last, so what is there is whole."""
+    from torch._inductor import aoti_compile_and_package
+
+    tell(STAGES[1])
+    lowered = lower(recipe.module, recipe.args, recipe.dynamic)
+    given = tensors(lowered.sources, recipe.module, lowered.constants)
+    leaves, dynamic = flat(recipe.args), flat(recipe.dynamic)
+    tell(STAGES[2])
+    with torch.no_grad():
+        whole = torch.export.export(
+            lowered.graph, (*given, *leaves), dynamic_shapes=(*({} for _ in given), *dynamic), strict=False
+        )
+        aoti_compile_and_package(whole, package_path=str(path / "program.pt2"), inductor_configs={"cpp.threads": 1})
+    save_file({k: v.contiguous() for k, v in lowered.constants.items()}, path / "constants.safetensors")
+    (path / "inputs.json").write_text(json.dumps([asdict(s) for s in lowered.sources]))
+
+
+def flat(nested: Sequence[Any]) -> list[Any]:
+    """The leaves of nested lists and tuples, in order."""
+    return [leaf for item in nested for leaf in (flat(item) if isinstance(item, list | tuple) else [item])]
