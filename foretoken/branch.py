@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from foretoken.cache import SlotCache
+from foretoken.cache import Count, SlotCache
 from foretoken.errors import UserError
 from foretoken.target import Target, norm_of
 
@@ -81,8 +81,13 @@ class Layers:
             position = position.clamp(max=self.target.context - 1)
         return self.run(states, None if masks is None else next(iter(masks.values())), position, cache)
 
-    def read(self, states: Tensor, count: list[int], cache: SlotCache) -> Tensor:
+    def read(self, states: Tensor, count: Count, cache: SlotCache) -> Tensor:
         """Append the first `count[b]` of states [B, M, F] to row b, in chunks; the outputs [B, M, H]."""
+        if isinstance(count, Tensor):
+            depth = torch.arange(states.shape[1], device=states.device).expand(states.shape[:2])
+            output = self.extend(states, depth, None, cache)
+            cache.commit(None, count)
+            return output
         outputs: list[Tensor] = []
         for start in range(0, states.shape[1], self.target.chunk):
             part = states[:, start : start + self.target.chunk]

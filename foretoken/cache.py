@@ -16,6 +16,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foretoken.errors import UserError
 
+Count = list[int] | Tensor
+"""Tokens of each row: on the host, or [B] int64 while a trace is made (`compiled.PlannedCache`)."""
+
+
+
+def plus(count: Count, more: int) -> Count:
+    """So many more of each row."""
+    return count + more if isinstance(count, Tensor) else [n + more for n in count]
+
+
 BUCKET = 16
 """Attention reads a multiple of this many slots, not all of the capacity."""
 
@@ -144,7 +154,7 @@ class SlotCache(Cache):
         ]
         super().__init__(layers=list(layers))
         self.slots: list[SlotLayer] = layers
-        self.capacity, self.reserve = capacity, reserve
+        self.capacity, self.reserve, self.windows = capacity, reserve, windows
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)  # committed tokens of each row
         self.lengths = [0] * batch  # the same on the host
         self._stores: list[Tensor] = []
@@ -152,6 +162,11 @@ class SlotCache(Cache):
     @property
     def longest(self) -> int:
         return max(self.lengths, default=0)
+
+    @property
+    def begun(self) -> list[bool]:
+        """Per row, whether it holds anything."""
+        return [length > 0 for length in self.lengths]
 
     @property
     def stores(self) -> list[Tensor]:
@@ -225,24 +240,25 @@ class SlotCache(Cache):
         index = ahead.clamp(max=M - 1)[:, None].expand(-1, depth.shape[1], -1)
         return torch.where((ahead < real)[:, None], ancestors.gather(2, index), committed)
 
-    def commit(self, path: Tensor | None, count: list[int]) -> None:
+    def commit(self, path: Tensor | None, count: Count) -> None:
         """Make the first `count[b]` nodes of `path` [B, n] part of row b; None: of the chain 0, 1, 2, ..."""
         if path is not None:
             step = torch.arange(path.shape[1], device=path.device)
-            keep = step < torch.tensor(count, device=path.device)[:, None]
+            keep = step < torch.as_tensor(count, device=path.device)[:, None]
             moves: dict[int, tuple[Slots, Slots]] = {}
             for layer in self.slots:
                 if layer.size not in moves:
                     source = Slots(self.length[:, None] + path, layer.size)
                     moves[layer.size] = source, Slots(self.length[:, None] + step, layer.size, keep)
                 layer.move(*moves[layer.size])
-        self._resize([a + b for a, b in zip(self.lengths, count, strict=True)])
+        self.resize([a + int(b) for a, b in zip(self.lengths, count, strict=True)])
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens of every row."""
-        self._resize([n - count for n in self.lengths])
+        self.resize([n - count for n in self.lengths])
 
-    def _resize(self, lengths: list[int]) -> None:
+    def resize(self, lengths: list[int]) -> None:
+        """Say how many tokens each row holds."""
         self.lengths, self.length = (
             lengths,
             torch.tensor(lengths, dtype=torch.int64, device=self.length.device),
@@ -253,7 +269,7 @@ class SlotCache(Cache):
         self._stores = []
         for layer in self.slots:
             layer.regroup(lambda x: x[index])
-        self._resize([self.lengths[i] for i in rows])
+        self.resize([self.lengths[i] for i in rows])
 
     def join(self, other: "SlotCache") -> None:
         """Append the rows of `other`, a cache of the same layers and capacity."""
@@ -266,7 +282,7 @@ class SlotCache(Cache):
                 theirs.blank(mine, len(other.lengths))
                 more = iter(theirs.rows(store) for store in (theirs.keys, theirs.values) if store is not None)
                 mine.regroup(lambda x, more=more: torch.cat([x, next(more)]))
-        self._resize(self.lengths + other.lengths)
+        self.resize(self.lengths + other.lengths)
 
     def first(self, layers: int) -> "SlotCache":
         """A view of the first layers: the same stores, to be written by a drafter that is part of the target."""

@@ -65,18 +65,35 @@ class PlannedCache(Cache):
         super().__init__(layers=[])
         self.stores, self.length, self.windows = stores, length, windows
 
-    def plan(self, depth: Tensor, ancestors: Tensor, *_: object) -> dict[int | None, Tensor]:
-        """Per window [B, 1, n, 2 + n] int64 of each node: committed tokens, the window (0: none), whom it sees."""
+    def plan(
+        self, depth: Tensor, ancestors: Tensor | None, offset: int, *_: object
+    ) -> dict[int | None, Tensor]:
+        """Per window [B, 1, n, 2 + M] int64 of each node: committed tokens, the window (0: none), whom of M it sees."""
         n = depth.shape[1]
-        node = self.length[:, None] + torch.arange(n, device=depth.device)
-        for i in range(len(self.windows)):
-            keys, values = self.stores[2 * i], self.stores[2 * i + 1]
-            self.layers.append(PlannedLayer(keys, values, node % keys.shape[2]))
+        number = torch.arange(n, device=depth.device)
+        if ancestors is None:
+            ancestors = (number <= number[:, None]).expand(depth.shape[0], n, n)
+        slot = self.length[:, None] + offset + number
+        pairs = zip(self.stores[::2], self.stores[1::2], strict=True)
+        self.layers = [PlannedLayer(keys, values, slot % keys.shape[2]) for keys, values in pairs]
         length = self.length[:, None, None].expand(-1, n, 1)
         plans: dict[int | None, Tensor] = {}
         for window in dict.fromkeys(self.windows):
             plans[window] = torch.cat([length, torch.full_like(length, window or 0), ancestors.long()], -1)[:, None]
         return plans
+
+    def commit(self, path: None, count: Tensor) -> None:
+        """Make the first `count` [B] nodes part of each row."""
+        self.length = self.length + count
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens of every row."""
+        self.length = self.length - count
+
+    @property
+    def begun(self) -> Tensor:
+        """[B] bool: whether a row holds anything."""
+        return self.length > 0
 
 
 class Step(nn.Module):
@@ -161,8 +178,7 @@ class CompiledTarget(Target):
 
 def recipe_for(target: Target, features: tuple[int, ...]) -> Recipe:
     """How the target's step is compiled."""
-    twin = copy.copy(target)
-    twin.model = traceable(target.model)
+    twin = traceable(target, {})
     B, N, S = 2, 4, 24
     length = torch.full((B,), 8)
     depth = torch.arange(N).expand(B, N).contiguous()
@@ -181,16 +197,24 @@ def recipe_for(target: Target, features: tuple[int, ...]) -> Recipe:
     return Recipe(key, Step(twin, features).eval(), (tokens, depth, ancestors, length, stores), dynamic)
 
 
-def traceable(model: Any) -> Any:
-    """A copy of the model's modules over the same weights: tracing puts tensors without values into them.
+def traceable(target: Target, known: dict[int, Any]) -> Target:
+    """A copy of the target over the same weights: tracing puts tensors without values into its modules.
 
-    Its attention is ours, and its experts are picked without a look at how many tokens each has.
+    Its attention is ours, and its experts are picked without a look at how many tokens each has. known: what was
+    copied, by `id`, as `copy.deepcopy` has it.
     """
-    twin = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
-    twin.set_attn_implementation(NAME)
+    twin = copy.copy(target)
+    twin.model = model = unshared(target.model, known)
+    model.set_attn_implementation(NAME)
     if any(type(module).__name__.endswith("Experts") for module in model.modules()):
-        twin.set_experts_implementation("batched_mm")
+        model.set_experts_implementation("batched_mm")
     return twin
+
+
+def unshared(module: nn.Module, known: dict[int, Any]) -> Any:
+    """A copy of the module over the same weights."""
+    known |= {id(x): x for x in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, known)
 
 
 def require_compilable(target: Target) -> None:

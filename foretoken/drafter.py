@@ -58,7 +58,7 @@ class Feed:
 
     @property
     def batch(self) -> int:
-        return len(self.texts)
+        return self.root.shape[0]
 
     def values(self, logits: Tensor) -> Tensor:
         """A drafter's logits [B, n, V'] cut to the target's vocabulary and truncated as the target's will be."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foretoken.branch import Layers
-from foretoken.cache import SlotCache
+from foretoken.cache import Count, SlotCache
 from foretoken.drafter import Feed
 from foretoken.grow import Extend, Growth
 from foretoken.heads import last_states
@@ -66,7 +66,7 @@ class State:
 
 def following(feed: Feed) -> Tensor:
     """[B, M]: the token after each committed one, the root behind the last."""
-    place = torch.tensor(feed.count, device=feed.root.device).sub(1).clamp(min=0)[:, None]
+    place = torch.as_tensor(feed.count, device=feed.root.device).sub(1).clamp(min=0)[:, None]
     return feed.tokens.roll(-1, 1).scatter(1, place, feed.root[:, None])
 
 
@@ -165,7 +165,14 @@ class Rows:
 
     states: Tensor
     tokens: Tensor
-    count: list[int]
+    count: Count
+
+
+def fewer(count: Count, held: list[bool] | Tensor) -> Count:
+    """One less where nothing is `held`, but never less than none."""
+    if isinstance(count, Tensor):
+        return (count - ~torch.as_tensor(held)).clamp(min=0)
+    return [max(0, n - (not old)) for n, old in zip(count, held, strict=True)]
 
 
 class Cascade:
@@ -191,7 +198,7 @@ class Cascade:
         first = states[:, :1]  # what the first cell makes of the last row
         for k, (cell, cache) in enumerate(zip(self.cells, state.caches, strict=True)):
             position = cache.length[:, None] + torch.arange(rows.states.shape[1], device=states.device)
-            held = [length > 0 for length in cache.lengths]
+            held = cache.begun
             joined = cell.join(rows.states, self.embedding(rows.tokens, position))
             output = cell.layers.read(joined, rows.count, cache)
             if k == 0:
@@ -213,14 +220,14 @@ class Cascade:
 
         return logits(0, first), extend
 
-    def _next(self, k: int, rows: Rows, onward: Tensor, held: list[bool], state: State) -> Rows:
+    def _next(self, k: int, rows: Rows, onward: Tensor, held: list[bool] | Tensor, state: State) -> Rows:
         """The rows of cell k + 1, from the states [B, M, H] that cell k made of its rows.
 
         One row behind: the last state waits, in `carry`, for a token after the root; the one that waited comes first,
         if there was one (`held`: per row, whether cell k had rows before).
         """
-        had = torch.tensor(held, device=onward.device)[:, None]
-        count = torch.tensor(rows.count, device=onward.device)
+        had = torch.as_tensor(held, device=onward.device)[:, None]
+        count = torch.as_tensor(rows.count, device=onward.device)
         last = onward.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, onward.shape[2]))
         waited = state.carry[:, k : k + 1]
         behind = torch.cat([waited, onward], 1)[:, : onward.shape[1]]
@@ -228,7 +235,7 @@ class Cascade:
         tokens = torch.where(had, rows.tokens, rows.tokens.roll(-1, 1))
         carry = torch.where((count > 0)[:, None, None], last, waited)
         state.carry = torch.cat([state.carry[:, :k], carry, state.carry[:, k + 1 :]], 1)
-        return Rows(states, tokens, [max(0, n - (not old)) for n, old in zip(rows.count, held, strict=True)])
+        return Rows(states, tokens, fewer(rows.count, held))
 
     def _read_tree(self, k: int, growth: Growth, above: Tensor, cache: SlotCache, length: Tensor) -> Tensor:
         """[B, N, H] what cell k makes of all guesses so far, with the states [B, 1 + N', H] of cell k - 1 above them.

@@ -39,7 +39,7 @@ def known(logits: Tensor) -> tuple[Tensor, Extend]:
 
 def last_states(feed: Feed, states: Tensor) -> Tensor:
     """[B, 1, H] of states [B, M, H] at each row's last committed token."""
-    place = (torch.tensor(feed.count, device=states.device) - 1).clamp(min=0)[:, None, None]
+    place = (torch.as_tensor(feed.count, device=states.device) - 1).clamp(min=0)[:, None, None]
     return states.gather(1, place.expand(-1, -1, states.shape[2]))
 
 

@@ -247,9 +247,9 @@ struct Head {
   using Sum = typename K::Sum;
   const T *query, *keys, *values;  // [N, G, D] by strides; [S, D]; [S, E]
   int64_t by_node, by_head, key_stride, value_stride;
-  int64_t N, G, D, E, S;           // nodes, heads of a group, sizes of a key and a value, slots
+  int64_t N, M, G, D, E, S;        // queries, nodes in flight, heads of a group, sizes of a key and a value, slots
   int64_t length, window;          // committed tokens; 0: all of them are seen
-  const int64_t* plan;             // [N, 2 + N]
+  const int64_t* plan;             // [N, 2 + M]
   Sum scale, cap;
   const T* sinks;                  // [G] or none
 
@@ -420,22 +420,22 @@ void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T
     score(h, rows, room.query.data(), room.square.data(), scores + (p - low), stride);
   }
   // the nodes in flight, seen along each one's path
-  room.path.resize(h.N * h.N);
+  room.path.resize(h.N * h.M);
   room.depth.resize(h.N);
   const bool branches = high > h.length;
-  const int64_t padded = (h.N + L - 1) / L * L;
+  const int64_t padded = (h.M + L - 1) / L * L;
   if (branches) {
     room.branch.resize(Q * padded);
-    for (int64_t p = 0; p < h.N; p += L) {
+    for (int64_t p = 0; p < h.M; p += L) {
       for (int i = 0; i < L; i++)
-        rows[i] = h.keys + h.slot(h.length + std::min<int64_t>(p + i, h.N - 1)) * h.key_stride;
+        rows[i] = h.keys + h.slot(h.length + std::min<int64_t>(p + i, h.M - 1)) * h.key_stride;
       score(h, rows, room.query.data(), room.square.data(), room.branch.data() + p, padded);
     }
   }
   for (int64_t n = 0; n < h.N; n++) {
     int64_t depth = 0;
-    for (int64_t j = 0; j < h.N; j++)
-      if (h.plan[n * (2 + h.N) + 2 + j]) room.path[n * h.N + depth++] = j;
+    for (int64_t j = 0; j < h.M; j++)
+      if (h.plan[n * (2 + h.M) + 2 + j]) room.path[n * h.M + depth++] = j;
     room.depth[n] = depth;  // nodes that it sees, itself included
   }
   std::fill_n(sums, Q * h.E, Sum(0));
@@ -445,7 +445,7 @@ void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T
     if (h.window > 0) begin = std::max(begin, h.length + room.depth[n] - h.window);
     Sum* s = scores + q * stride;
     for (int64_t p = std::max(low, h.length); p < end; p++)
-      s[p - low] = room.branch[q * padded + room.path[n * h.N + p - h.length]];
+      s[p - low] = room.branch[q * padded + room.path[n * h.M + p - h.length]];
     Sum top = -std::numeric_limits<Sum>::infinity();
     for (int64_t p = begin; p < end; p++) top = std::max(top, s[p - low]);
     tops[q] = top;
@@ -458,7 +458,7 @@ void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T
   for (int64_t q = 0; branches && q < Q; q++) {
     const int64_t n = q / h.G, end = std::min(high, h.length + room.depth[n]);
     for (int64_t p = std::max(low, h.length); p < end; p++) {
-      const int64_t slot = h.slot(h.length + room.path[n * h.N + p - h.length]);
+      const int64_t slot = h.slot(h.length + room.path[n * h.M + p - h.length]);
       gather(h, h.values + slot * h.value_stride, scores + (p - low), stride, q, 1, sums);
     }
   }
@@ -469,11 +469,11 @@ void attend_all(const Tensor& query, const Tensor& keys, const Tensor& values, c
                 double cap, const T* sinks, Tensor& out) {
   using Sum = typename Kind<T>::Sum;
   const int64_t B = query.size(0), H = query.size(1), N = query.size(2), heads = keys.size(1);
-  const int64_t G = H / heads, Q = N * G, E = values.size(3);
+  const int64_t G = H / heads, Q = N * G, E = values.size(3), M = plan.size(3) - 2, row = N * (2 + M);
   const int64_t* plans = plan.const_data_ptr<int64_t>();
   int64_t longest = 0;
-  for (int64_t b = 0; b < B; b++) longest = std::max(longest, plans[b * N * (2 + N)]);
-  const int64_t chunks = (longest + N + CHUNK - 1) / CHUNK, piece = Q * (E + 2);
+  for (int64_t b = 0; b < B; b++) longest = std::max(longest, plans[b * row]);
+  const int64_t chunks = (longest + M + CHUNK - 1) / CHUNK, piece = Q * (E + 2);
   static thread_local std::vector<Sum> store;
   if (store.size() < size_t(B * heads * chunks * piece)) store.resize(B * heads * chunks * piece);
   Sum* pieces = store.data();
@@ -483,8 +483,8 @@ void attend_all(const Tensor& query, const Tensor& keys, const Tensor& values, c
     for (int64_t item = begin; item < end; item++) {
       const int64_t b = item / (heads * chunks), k = item / chunks % heads, chunk = item % chunks;
       Sum *sums = pieces + item * piece, *tops = sums + Q * E, *totals = tops + Q;
-      const int64_t length = plans[b * N * (2 + N)];
-      if (chunk * CHUNK >= length + N) {
+      const int64_t length = plans[b * row];
+      if (chunk * CHUNK >= length + M) {
         std::fill_n(totals, Q, Sum(0));
         continue;
       }
@@ -492,8 +492,8 @@ void attend_all(const Tensor& query, const Tensor& keys, const Tensor& values, c
                          keys.const_data_ptr<T>() + b * keys.stride(0) + k * keys.stride(1),
                          values.const_data_ptr<T>() + b * values.stride(0) + k * values.stride(1),
                          query.stride(2), query.stride(1), keys.stride(2), values.stride(2),
-                         N, G, query.size(3), E, keys.size(2),
-                         length, plans[b * N * (2 + N) + 1], plans + b * N * (2 + N),
+                         N, M, G, query.size(3), E, keys.size(2),
+                         length, plans[b * row + 1], plans + b * row,
                          Sum(scale), Sum(cap), nullptr};
       attend_chunk(head, chunk, room, sums, tops, totals);
     }
@@ -598,7 +598,7 @@ void write(Tensor& keys, Tensor& values, const Tensor& new_keys, const Tensor& n
 }
 
 // [B, N, H, E] attention of query [B, H, N, D] to keys [B, K, S, D] and values [B, K, S, E] by a plan
-// [B, 1, N, 2 + N] int64: committed tokens, window (0: none), and whether a node sees each node.
+// [B, 1, N, 2 + M] int64: committed tokens, window (0: none), and whether a query sees each of M nodes behind them.
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& plan, double scale,
               double cap, const std::optional<Tensor>& sinks) {
   Tensor out = at::empty({query.size(0), query.size(2), query.size(1), values.size(3)}, query.options());

@@ -74,19 +74,21 @@ def pack_linears(graph: fx.Graph, names: Mapping[str, str]) -> list[Source]:
     for node in graph.nodes:
         if node.target is LINEAR and node.args[1].name in names:
             groups.setdefault((node.args[0], len(node.args) > 2 and node.args[2] is not None), []).append(node)
-    start, sources = next(iter(graph.nodes)), list[Source]()
-    for number, ((states, biased), members) in enumerate(groups.items()):
+    start, inputs = next(iter(graph.nodes)), dict[Source, fx.Node]()
+    for (_, biased), members in groups.items():
         sizes = [node.args[1].meta["val"].shape[0] for node in members]  # pyright: ignore
-        with graph.inserting_before(start):
-            packed = graph.placeholder(f"packed_{number}")
-        sources.append(Source("packed", tuple(names[node.args[1].name] for node in members)))  # pyright: ignore
+        source = Source("packed", tuple(names[node.args[1].name] for node in members))  # pyright: ignore
+        if source not in inputs:
+            with graph.inserting_before(start):
+                inputs[source] = graph.placeholder(f"packed_{len(inputs)}")
         with graph.inserting_before(members[0]):
             bias = None
             if biased:
                 bias = members[0].args[2]
                 if len(members) > 1:
                     bias = graph.call_function(ops.aten.cat.default, ([node.args[2] for node in members],))
-            whole = graph.call_function(ops.foretoken.linear.default, (states, packed, bias, sum(sizes)))
+            states = members[0].args[0]
+            whole = graph.call_function(ops.foretoken.linear.default, (states, inputs[source], bias, sum(sizes)))
             ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
             for node, size, end in zip(members, sizes, ends, strict=True):
                 part = whole
@@ -95,7 +97,7 @@ def pack_linears(graph: fx.Graph, names: Mapping[str, str]) -> list[Source]:
                 node.replace_all_uses_with(part)
         for node in members:
             graph.erase_node(node)
-    return sources
+    return list(inputs)
 
 
 def first(graph: fx.Graph, own: set[str]) -> None:

@@ -81,6 +81,9 @@ class Noise:
         """
         index = hashed(tokens)
         B, D = position.shape
+        if torch.compiler.is_exporting():  # no loop over rows, whose number a trace leaves open
+            uniform = self.bits(position, stream, index) * (-(2.0**-31) * (1 - 2.0**-23)) - 2.0**-32
+            return uniform.log1p().neg().log()
         out = torch.empty(B * D, len(tokens), dtype=torch.float32, device=position.device)
         per = max(1, TILE // (D * max(1, len(tokens))))  # rows of the batch at a time
         for start in range(0, B, per):

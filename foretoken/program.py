@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ class Recipe:
     module   whose weights the program reads
     args     of its forward, as an example: nested lists of tensors
     dynamic  which of their dimensions may change, as torch.export has it
+    facts    what is known of its outputs beside their values
     """
 
     key: Sequence[object]
     module: nn.Module
     args: tuple[Any, ...]
     dynamic: tuple[Any, ...]
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def name(self) -> str:
@@ -44,13 +46,13 @@ class Recipe:
 
 
 class Program:
-    """A compiled module: call it with the module's arguments, flat and contiguous."""
+    """A compiled module: call it with the module's arguments, flat and contiguous. `facts` are its recipe's."""
 
-    def __init__(self, path: Path, inputs: list[Tensor]) -> None:
+    def __init__(self, path: Path, inputs: list[Tensor], facts: dict[str, Any]) -> None:
         from torch._inductor import aoti_load_package
 
         self.loader: Any = aoti_load_package(str(path / "program.pt2"), run_single_threaded=True).loader
-        self.inputs = inputs
+        self.inputs, self.facts = inputs, facts
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
         return self.loader.run([*self.inputs, *args])
@@ -67,6 +69,7 @@ class Trace(Program):
     def __init__(self, recipe: Recipe) -> None:
         lowered = lower(recipe.module, recipe.args, recipe.dynamic)
         self.inputs, self.graph = tensors(lowered.sources, recipe.module, lowered.constants), lowered.graph
+        self.facts = recipe.facts
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
         return list(self.graph(*self.inputs, *args))
@@ -88,7 +91,7 @@ def program(recipe: Recipe, progress: Progress | None = None, *, inductor: bool 
     tell(STAGES[3])
     sources = [Source(s["kind"], tuple(s["names"])) for s in json.loads((path / "inputs.json").read_text())]
     constants = load_file(path / "constants.safetensors")
-    return Program(path, tensors(sources, recipe.module, constants))
+    return Program(path, tensors(sources, recipe.module, constants), recipe.facts)
 
 
 def compile_into(path: Path, recipe: Recipe, tell: Progress) -> None:

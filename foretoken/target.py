@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from foretoken.cache import SlotCache
+from foretoken.cache import Count, SlotCache
 from foretoken.errors import UserError
 from foretoken.tree import Draft
 from foretoken.unembed import Unembedding, unembedding_of
@@ -198,7 +198,7 @@ class Target:
     def read(
         self,
         tokens: Tensor,
-        count: list[int],
+        count: Count,
         cache: SlotCache,
         features: Sequence[int] = (),
         on_read: Callable[[int, int], None] | None = None,
@@ -209,6 +209,10 @@ class Target:
         told the tokens read so far and M after each chunk.
         """
         B, M = tokens.shape
+        if isinstance(count, Tensor):
+            read = self.extend(tokens, torch.arange(M, device=tokens.device).expand(B, M), None, cache)
+            cache.commit(None, count)
+            return Read(read.logits.gather(1, (count - 1)[:, None, None].expand(-1, 1, self.vocab)), None)
         states: list[Tensor] = []
         logits = tokens.new_zeros(B, 1, self.vocab, dtype=self.dtype)
         for start in range(0, M, self.chunk):

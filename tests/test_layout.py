@@ -51,6 +51,7 @@ CORE = [
     "feedback",
     "native",
     "published",
+    "proposal",
     "decode",
 ]
 """Each may import from those before it, and from nothing else of the package."""

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from foretoken.adaptive import adaptive
+from foretoken.compiled import CompiledTarget
 from foretoken.drafter import Drafter
 from foretoken.errors import UserError, unknown
+from foretoken.proposal import CompiledDrafter
 from foretoken.target import Target
 from foretoken.tuned import opened
 
@@ -33,6 +35,9 @@ METHODS = {
     "eagle": "foretoken.drafters.eagle",
     "hybrid": "foretoken.drafters.hybrid",
 }
+
+COMPILED = ("draft_model", "mtp", "blockwise", "medusa", "weighted_heads", "deepseek_mtp", "eagle")
+"""Methods whose proposals are compiled with their target."""
 
 
 def names() -> list[str]:
@@ -57,6 +62,8 @@ def make_drafter(drafter: "str | Drafter", target: Target, settings: dict[str, A
     if isinstance(drafter, str):
         module, config, follows = settled(drafter, settings or {})
         made: Drafter = module.build(target, config)
+        if isinstance(target, CompiledTarget) and module.__name__.rpartition(".")[2] in COMPILED:
+            made = CompiledDrafter(cast(Any, made), target)
     else:
         given = dict(settings or {})
         made, follows = drafter, asked_to_follow(given)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foretoken.cache import SlotCache
+from foretoken.cache import SlotCache, plus
 from foretoken.drafter import Feed, Needs
 from foretoken.errors import UserError, at_least
 from foretoken.grow import Extend, Growth
@@ -60,9 +60,9 @@ class DraftModel:
         def extend(growth: Growth) -> Tensor:
             return self.model.extend(growth.fresh, growth.depth, growth.seen, state.cache, offset=growth.first).logits
 
-        place = torch.tensor(feed.count, device=feed.root.device)[:, None]
+        place = torch.as_tensor(feed.count, device=feed.root.device)[:, None]
         tokens = torch.nn.functional.pad(feed.tokens, (0, 1)).scatter(1, place, feed.root[:, None])
-        read = self.model.read(tokens, [n + 1 for n in feed.count], state.cache)
+        read = self.model.read(tokens, plus(feed.count, 1), state.cache)
         state.cache.rewind(1)
         return read.logits, extend
 
