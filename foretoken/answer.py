@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from foretoken.compiled import CompiledTarget
 from foretoken.drafter import Drafter
 from foretoken.drafters import make_drafter, settled
 from foretoken.errors import UserError
@@ -31,7 +32,10 @@ TAIL = 400
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """How a model is to answer; the fields are those of `load` and `generate`, `settings` as key=value texts."""
+    """How a model is to answer; the fields are those of `load` and `generate`, `settings` as key=value texts.
+
+    wait  for a step that is compiled; or else decode eagerly until it is
+    """
 
     model: str
     drafter: str
@@ -43,6 +47,9 @@ class Ask:
     dtype: str | None = None
     device: str | None = None
     attention: str | None = None
+    quantize: str | None = None
+    compile: bool = False
+    wait: bool = False
 
     def prepare(self) -> tuple[Target, Drafter]:
         """The loaded target and drafter. What can be refused without weights is refused before they load."""
@@ -53,10 +60,22 @@ class Ask:
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {self.max_new_tokens}; ask for at least 1.")
         quiet_loading(self.model)
-        target = load(self.model, dtype=self.dtype, device=self.device, attention=self.attention)
-        if target.tokenizer is None:
-            raise UserError(f"{self.model!r} has no tokenizer; save the model's own tokenizer beside its weights.")
-        return target, make_drafter(self.drafter, target, settings)
+        with progress() as update:
+            target = load(
+                self.model,
+                dtype=self.dtype,
+                device=self.device,
+                attention=self.attention,
+                quantize=self.quantize,
+                compile=self.compile,
+                wait=self.wait,
+                progress=lambda stage: update(f"compiling the step: {stage}", 0, 1),
+            )
+            if target.tokenizer is None:
+                raise UserError(f"{self.model!r} has no tokenizer; save the model's own tokenizer beside its weights.")
+            drafter = make_drafter(self.drafter, target, settings)
+            target.settled(drafter.needs.features)
+        return target, drafter
 
     def keywords(self) -> dict[str, Any]:
         """The arguments that `generate` and `stream` share."""
@@ -76,6 +95,8 @@ class Ask:
             "dtype": str(target.dtype).removeprefix("torch."),
             "device": str(target.device),
             **({"attention": self.attention} if self.attention else {}),
+            **({"quantized": self.quantize} if self.quantize else {}),
+            **({"compiled": str(isinstance(target.settled(), CompiledTarget)).lower()} if self.compile else {}),
             "versions": ", ".join(f"{name} {version(name)}" for name in ("foretoken", "torch", "transformers")),
         }
 
@@ -132,6 +153,7 @@ def answer(
         if show:
             Console(stderr=True).print(legend(), end="")
         print_summary(ask, outputs)
+    remark(target)
     if html is not None:
         assert target.tokenizer is not None
         spans = [spans_of(target.tokenizer, tokenize(target, p), o) for p, o in zip(prompts, outputs, strict=True)]
@@ -224,6 +246,12 @@ def print_json(ask: Ask, prompts: Sequence[str], outputs: Sequence[Output]) -> N
         if output.logprobs is None:
             del record["logprobs"]
         print(json.dumps(record), flush=True)  # ASCII: no line separator of Unicode can split a line
+
+
+def remark(target: Target) -> None:
+    """One dim line on stderr if the answer could not wait for its compiled step."""
+    if isinstance(target, CompiledTarget) and target.unready is not None:
+        Console(stderr=True, highlight=False, markup=False).print(target.unready, style="dim", soft_wrap=True)
 
 
 def print_summary(ask: Ask, outputs: Sequence[Output]) -> None:

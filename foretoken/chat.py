@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from foretoken.answer import Ask, Printer, print_summary
+from foretoken.answer import Ask, Printer, print_summary, remark
 from foretoken.drafter import Drafter
 from foretoken.errors import UserError
 from foretoken.generation import stream, tokenize
@@ -67,7 +67,7 @@ def chat(ask: Ask, *, show: bool) -> None:
         )
     while (line := next_line()) is not None:
         if line in ("/exit", "/quit"):
-            return
+            break
         if line == "/reset":
             talk.reset()
             console.print("Forgotten.", style="dim")
@@ -75,6 +75,7 @@ def chat(ask: Ask, *, show: bool) -> None:
             console.print(HELP, style="dim")
         elif line.strip():
             reply(ask, target, drafter, talk, line, show=show)
+    remark(target)
 
 
 def next_line() -> str | None:

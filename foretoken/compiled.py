@@ -7,8 +7,12 @@ a compiled target says the same in every batch and tree even in bfloat16.
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
-from threading import Lock, Thread
+from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,11 +21,15 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from foretoken.advance import Advance, Terms, decided, is_plain
 from foretoken.attention import NAME
 from foretoken.cache import SlotCache
 from foretoken.errors import UserError
 from foretoken.kernels import DTYPES
-from foretoken.program import Program, Progress, Recipe, program
+from foretoken.noise import Noise
+from foretoken.program import Program, Progress, Recipe, is_there, place, program
+from foretoken.rules import Rule
+from foretoken.sampling import Sampler, Scores
 from foretoken.target import Read, Target
 from foretoken.tree import Draft
 
@@ -65,9 +73,7 @@ class PlannedCache(Cache):
         super().__init__(layers=[])
         self.stores, self.length, self.windows = stores, length, windows
 
-    def plan(
-        self, depth: Tensor, ancestors: Tensor | None, offset: int, *_: object
-    ) -> dict[int | None, Tensor]:
+    def plan(self, depth: Tensor, ancestors: Tensor | None, offset: int, *_: object) -> dict[int | None, Tensor]:
         """Per window [B, 1, n, 2 + M] int64 of each node: committed tokens, the window (0: none), whom of M it sees."""
         n = depth.shape[1]
         number = torch.arange(n, device=depth.device)
@@ -96,8 +102,18 @@ class PlannedCache(Cache):
         return self.length > 0
 
 
+class Raced(Scores):
+    """Scores whose emissions the kernels find, without a look at what cannot win."""
+
+    @cached_property
+    def emitted(self) -> Tensor:
+        """[B, N] int64: what the target says after each node."""
+        where = self.position[:, None] + self.draft.depth
+        return ops.foretoken.race(self.values, self.temperature.flatten(), self.noise.key, where)
+
+
 class Step(nn.Module):
-    """What is traced: the nodes of a draft behind the committed tokens."""
+    """What is traced: the nodes of a draft behind the committed tokens, what is accepted, and what comes after."""
 
     def __init__(self, target: Target, features: tuple[int, ...]) -> None:
         super().__init__()
@@ -105,11 +121,24 @@ class Step(nn.Module):
         self.target = target
 
     def forward(
-        self, tokens: Tensor, depth: Tensor, ancestors: Tensor, length: Tensor, stores: list[Tensor]
+        self,
+        tokens: Tensor,
+        parent: Tensor,
+        ancestors: Tensor,
+        length: Tensor,
+        terms: list[Tensor],
+        stores: list[Tensor],
     ) -> tuple[Tensor, ...]:
+        """(logits, table, features of all nodes, along the path); the last two if any are asked for."""
         cache: Any = PlannedCache(stores, length, self.target.windows)
-        read = self.target.extend(tokens, depth, ancestors, cache, features=self.features)
-        return (read.logits,) if read.features is None else (read.logits, read.features)
+        draft = Draft(tokens, parent, ancestors, 0, False)
+        read = self.target.extend(tokens, draft.depth, ancestors, cache, features=self.features)
+        given = Terms(*terms)
+        scores = Raced(draft, read.logits, given.temperature, Noise(given.key), length + 1, True)
+        done = decided(read, draft, given, scores)
+        if read.features is None or done.features is None:
+            return read.logits, done.table
+        return read.logits, done.table, read.features, done.features
 
 
 class CompiledTarget(Target):
@@ -120,27 +149,44 @@ class CompiledTarget(Target):
     ) -> None:
         """The target, to be compiled.
 
-        wait      compile before the first session; or else sessions that begin meanwhile decode eagerly
+        wait      compile before the first session; or else sessions decode eagerly until a process of its own, which
+                  loads the model from its path and may outlive this one, has put the program on disk
         inductor  fuse what lies between the kernels, which takes half a minute once; or else run the trace
         progress  told each stage of compiling
         """
         require_compilable(target)
         self.__dict__.update(target.__dict__)
-        self.eager, self.wait, self.inductor, self.progress = target, wait, inductor, progress
+        self.eager, self.inductor, self.progress = target, inductor, progress
+        self.wait = wait or not inductor or not target.model.name_or_path
         self.programs: dict[tuple[int, ...], Program] = {}
-        self.begun: set[tuple[int, ...]] = set()
+        self.begun: dict[tuple[int, ...], subprocess.Popen[bytes]] = {}
         self.lock = Lock()
-        self.chains: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.plain: dict[int, Terms] = {}
 
     def settled(self, features: Sequence[int] = ()) -> Target:
         """This target if its program is there (waiting for it, if so asked), else the eager one."""
         key = tuple(features)
-        if key not in self.programs and self.wait:
+        if key not in self.programs and (self.wait or self.ready(key)):
             self.compile(key)
-        if key not in self.programs and key not in self.begun:
-            self.begun.add(key)
-            Thread(target=self.compile, args=(key,), daemon=True).start()
         return self if key in self.programs else self.eager
+
+    def ready(self, features: tuple[int, ...]) -> bool:
+        """Whether the program for these features is on disk; if it is not, its compilation has begun."""
+        found = is_there(key_of(self.eager, features))
+        if not found and features not in self.begun:
+            self.begun[features] = in_background(self.eager, features)
+        return found
+
+    @property
+    def unready(self) -> str | None:
+        """Why a session decodes eagerly, in one sentence; None if every program that was asked for is there."""
+        for features, process in self.begun.items():
+            if features not in self.programs and process.poll():
+                said = (place(key_of(self.eager, features)) / "log").read_text().strip().splitlines()
+                return f"The step could not be compiled ({(said or ['no message'])[-1].rstrip('.')}); decoded without."
+        if any(features not in self.programs for features in self.begun):
+            return "The step was still being compiled, which goes on; decoded without. The next run finds it."
+        return None
 
     def compile(self, features: tuple[int, ...]) -> None:
         """Make the program for these features, once."""
@@ -154,23 +200,46 @@ class CompiledTarget(Target):
         work = self.programs.get(tuple(features))
         if work is None:
             return super().judge(draft, cache, features)
-        depth, ancestors = self.shape_of(draft)
-        cache.require_room(draft.width)
-        out = work(draft.tokens.contiguous(), depth, ancestors, cache.length, *cache.stores)
-        return Read(out[0], out[1] if features else None)
+        out = self.run(work, draft, cache, self.nothing(len(draft.tokens)))
+        return Read(out[0], out[2] if features else None)
 
-    def shape_of(self, draft: Draft) -> tuple[Tensor, Tensor]:
-        """(depth, ancestors) of a draft, contiguous; those of chains are kept."""
+    def advance(
+        self,
+        draft: Draft,
+        cache: SlotCache,
+        sampler: Sampler,
+        rule: Rule,
+        limits: list[int],
+        eos: Tensor,
+        features: Sequence[int] = (),
+    ) -> tuple[Advance, list[list[int]]] | None:
+        """A whole step, committed in the cache, and what it told the host; None if it must be made piece by piece."""
+        work = self.programs.get(tuple(features))
+        if work is None or not is_plain(sampler, rule):
+            return None
+        ends = eos if eos.shape[1] else self.nothing(len(limits)).eos
+        terms = Terms(sampler.noise.key, sampler.temperature, torch.tensor(limits), ends)
+        out = self.run(work, draft, cache, terms)
+        done = Advance(out[1], out[0], out[3] if features else None)
         if not draft.chained:
-            return draft.depth, draft.ancestors.contiguous()
-        B, N = draft.tokens.shape
-        if (B, N) not in self.chains:
-            node = torch.arange(N)
-            self.chains[B, N] = (
-                node.expand(B, N).contiguous(),
-                (node <= node[:, None]).expand(B, N, N).contiguous(),
-            )
-        return self.chains[B, N]
+            ops.foretoken.move(cache.stores, done.path, cache.length, done.count)
+        told = done.told()
+        cache.resize([a + row[-2] for a, row in zip(cache.lengths, told, strict=True)])
+        return done, told
+
+    def run(self, work: Program, draft: Draft, cache: SlotCache, terms: Terms) -> list[Tensor]:
+        """What the program makes of a draft."""
+        cache.require_room(draft.width)
+        given = (draft.tokens, draft.parent, draft.ancestors, cache.length)
+        ends = (terms.key, terms.temperature, terms.limit, terms.eos)
+        return work(*(x.contiguous() for x in (*given, *ends)), *cache.stores)
+
+    def nothing(self, batch: int) -> Terms:
+        """Terms under which nothing is drawn and nothing ends."""
+        if batch not in self.plain:
+            zeros = torch.zeros(batch, dtype=torch.int64)
+            self.plain[batch] = Terms(zeros, torch.zeros(batch, 1, 1), zeros + 1, torch.full((batch, 1), -1))
+        return self.plain[batch]
 
     def shallow(self, layers: int) -> Target:
         return self.eager.shallow(layers)
@@ -180,21 +249,51 @@ def recipe_for(target: Target, features: tuple[int, ...]) -> Recipe:
     """How the target's step is compiled."""
     twin = traceable(target, {})
     B, N, S = 2, 4, 24
-    length = torch.full((B,), 8)
-    depth = torch.arange(N).expand(B, N).contiguous()
-    ancestors = torch.ones(N, N, dtype=torch.bool).tril().expand(B, N, N).contiguous()
+    whole = torch.zeros(B, dtype=torch.int64)
     tokens = torch.zeros(B, N, dtype=torch.int64)
+    parent = (torch.arange(N) - 1).expand(B, N).contiguous()
+    ancestors = torch.ones(N, N, dtype=torch.bool).tril().expand(B, N, N).contiguous()
+    terms = [whole, torch.zeros(B, 1, 1), whole + 1, torch.zeros(B, 3, dtype=torch.int64)]
     cache = target.cache(B, S, N)
     with torch.inference_mode(False), torch.no_grad():
         target.read(tokens, [1] * B, cache)
-    batch, nodes, slots = Dim("batch"), Dim("nodes"), Dim("slots")
-    ring = Dim("ring")
-    by_layer = [{0: batch, 2: slots if w is None else ring} for w in target.windows for _ in range(2)]
     stores = [torch.zeros_like(s).repeat(1, 1, 2, 1) if s.shape[2] < S else torch.zeros_like(s) for s in cache.stores]
-    dynamic = ({0: batch, 1: nodes}, {0: batch, 1: nodes}, {0: batch, 1: nodes, 2: nodes}, {0: batch}, by_layer)
+    batch, nodes, ends = Dim("batch"), Dim("nodes"), Dim("ends")
+    slots, ring = Dim("slots"), Dim("ring")
+    by_layer = [{0: batch, 2: slots if w is None else ring} for w in target.windows for _ in range(2)]
+    row, rows = {0: batch}, {0: batch, 1: nodes}
+    dynamic = (rows, rows, rows | {2: nodes}, row, [row, row, row, {0: batch, 1: ends}], by_layer)
+    args = (tokens, parent, ancestors, whole + 8, terms, stores)
+    return Recipe(key_of(target, features), Step(twin, features).eval(), args, dynamic)
+
+
+def key_of(target: Target, features: tuple[int, ...]) -> tuple[object, ...]:
+    """All that the trace of a step depends on: the model's code and settings, its weights' shapes and types."""
+    model = target.model
     config = json.dumps(target.config.to_dict(), sort_keys=True, default=str)
-    key = ("step", type(target.model).__name__, config, target.dtype, features, transformers.__version__)
-    return Recipe(key, Step(twin, features).eval(), (tokens, depth, ancestors, length, stores), dynamic)
+    held = [(name, tuple(x.shape), x.dtype) for name, x in (*model.named_parameters(), *model.named_buffers())]
+    return ("step", type(model).__name__, config, held, features, transformers.__version__)
+
+
+def in_background(target: Target, features: tuple[int, ...]) -> "subprocess.Popen[bytes]":
+    """A process that compiles the target's step and leaves it on disk, at low priority and beyond the end of this one.
+
+    A thread would share the interpreter with the sessions that decode meanwhile, and abort it if they end first.
+    """
+    path = place(key_of(target, features))
+    path.mkdir(parents=True, exist_ok=True)
+    dtype = str(target.dtype).removeprefix("torch.")
+    command = [sys.executable, "-m", "foretoken.background", target.name, dtype, *map(str, features)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with (path / "log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def traceable(target: Target, known: dict[int, Any]) -> Target:

@@ -14,7 +14,7 @@ from foretoken.rules import Match, Rule
 from foretoken.sampling import Sampler, Sampling
 from foretoken.target import Target
 from foretoken.text import TextStream
-from foretoken.tree import Accepted, chain, fresh
+from foretoken.tree import Accepted, Draft, chain, fresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,21 +218,41 @@ class Session:
             return [[] for _ in self.rows]
         with torch.inference_mode():
             draft = self.drafter.propose(self.feed(), self.state)
-            read = self.target.judge(draft, self.cache, self.drafter.needs.features)
-            texts = [row.text for row in self.rows]
-            scores = self.sampler.scores(read.logits, draft, self.cache.length + 1, texts)
-            accepted = self.rule(draft, scores)
-            new = fresh(draft, accepted)
-            committed, emitted = self._hand_out(new, accepted, read.logits)
-            path = accepted.path[:, : max(committed)]
-            last = path.gather(1, (torch.tensor(committed, device=path.device) - 1).clamp(min=0)[:, None]).squeeze(1)
-            root = torch.tensor([row.text[-1] for row in self.rows], device=path.device)
-            features = None
-            if read.features is not None:
-                features = read.features.gather(1, path[..., None].expand(-1, -1, read.features.shape[2]))
-            self.last = Step(draft.tokens.gather(1, path), committed, features, root, scores.emitted, last)
-            self.cache.commit(None if draft.chained else path, committed)
-            return emitted
+            return self._at_once(draft) or self._by_parts(draft)
+
+    def _at_once(self, draft: Draft) -> list[list[int]] | None:
+        """The step in one call of the target, if it can do that; the tokens that each row emitted."""
+        if any(row.request.logprobs for row in self.rows):
+            return None
+        limits = [row.remaining for row in self.rows]
+        features = self.drafter.needs.features
+        made = self.target.advance(draft, self.cache, self.sampler, self.rule, limits, self._eos, features)
+        if made is None:
+            return None
+        done, told = made
+        committed, emitted = self._give(told)
+        width = max(committed)
+        features = None if done.features is None else done.features[:, :width]
+        self.last = Step(done.tokens[:, :width], committed, features, done.root, done.emitted, done.last)
+        return emitted
+
+    def _by_parts(self, draft: Draft) -> list[list[int]]:
+        """The step as forward, scores, rule and commit; the tokens that each row emitted."""
+        read = self.target.judge(draft, self.cache, self.drafter.needs.features)
+        texts = [row.text for row in self.rows]
+        scores = self.sampler.scores(read.logits, draft, self.cache.length + 1, texts)
+        accepted = self.rule(draft, scores)
+        new = fresh(draft, accepted)
+        committed, emitted = self._hand_out(new, accepted, read.logits)
+        path = accepted.path[:, : max(committed)]
+        last = path.gather(1, (torch.tensor(committed, device=path.device) - 1).clamp(min=0)[:, None]).squeeze(1)
+        root = torch.tensor([row.text[-1] for row in self.rows], device=path.device)
+        features = None
+        if read.features is not None:
+            features = read.features.gather(1, path[..., None].expand(-1, -1, read.features.shape[2]))
+        self.last = Step(draft.tokens.gather(1, path), committed, features, root, scores.emitted, last)
+        self.cache.commit(None if draft.chained else path, committed)
+        return emitted
 
     def feed(self) -> Feed:
         """What the drafter is told before the next step."""
@@ -265,16 +285,24 @@ class Session:
             count = torch.where(ends.any(-1), ends.to(torch.uint8).argmax(-1) + 1, count)
         self.sampler.observe(new, count, output=True)
         host: list[list[int]] = torch.cat([new, count[:, None], accepted.count[:, None]], 1).tolist()
-        counts = [row[-2] for row in host]
         logprobs: list[list[float]] | None = None
         if any(row.request.logprobs for row in self.rows):
             rows = torch.arange(len(new), device=new.device)[:, None]
             at_path = logits[rows, accepted.path[:, : new.shape[1]]].float().log_softmax(-1)
             logprobs = at_path.gather(-1, new[..., None]).squeeze(-1).tolist()
-        emitted: list[list[int]] = []
+        return self._give(host, logprobs)
+
+    def _give(
+        self, told: list[list[int]], logprobs: list[list[float]] | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """Give each row what it was told: new tokens, how many of them to emit, and 1 + the accepted guesses.
+
+        Returns the number of nodes that each row commits and the tokens that it emitted.
+        """
+        counts, emitted = [row[-2] for row in told], list[list[int]]()
         for b, row in enumerate(self.rows):
             row.forwards += int(row.finish is None and row.emitted > 0)
-            emitted.append(row.take(host[b][: counts[b]], host[b][-1] - 1, None if logprobs is None else logprobs[b]))
+            emitted.append(row.take(told[b][: counts[b]], told[b][-1] - 1, None if logprobs is None else logprobs[b]))
         return counts, emitted
 
     def select(self, rows: list[int]) -> None:

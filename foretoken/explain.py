@@ -236,12 +236,16 @@ def run(
     dtype: str | None = None,
     device: str | None = None,
     attention: str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
     as_json: bool = False,
 ) -> str:
     """The verdict, printed with its evidence."""
     given = parsed(settings_a)
     settled(a, given)
-    ask = Ask(model, b, settings_b, rule, max_new_tokens, (), sampling, dtype, device, attention)
+    ask = Ask(
+        model, b, settings_b, rule, max_new_tokens, (), sampling, dtype, device, attention, quantize, compile, wait=True
+    )
     target, drafter = ask.prepare()
     found = explain(
         target,

@@ -523,6 +523,117 @@ void attend_all(const Tensor& query, const Tensor& keys, const Tensor& values, c
   });
 }
 
+// -------------------------------------------------------------------------------------------------------- emission
+
+// `noise.Noise.bits` of one position, for the target's own stream.
+struct Stream {
+  std::uint32_t high, low;
+
+  Stream(int64_t key, int64_t position) {
+    auto x = std::uint64_t(key) ^ (std::uint64_t(position) << 2) * 0x9E3779B97F4A7C15ull;
+    x = (x ^ x >> 32) * 0xD6E8FEB86659FD93ull;
+    x = (x ^ x >> 32) * 0xD6E8FEB86659FD93ull;
+    high = std::uint32_t(x >> 32);
+    low = std::uint32_t(x);
+  }
+
+  template <class W>
+  W bits(W token) const {
+    W x = token * 0x2545F491u + 0x6A09E667u;
+    x ^= x >> 16;
+    x = (x ^ high) * 0x9E3779B1u;
+    x ^= x >> 16;
+    x = (x ^ low) * 0x85EBCA6Bu;
+    x ^= x >> 15;
+    x *= 0xC2B2AE35u;
+    return (x ^ x >> 16) & 0x7fffffffu;
+  }
+};
+
+// The natural logarithm of positive numbers to 1e-5.
+inline Floats rough_log(Floats x) {
+  const Words bits = (Words)x;
+  const Floats e = __builtin_convertvector((Ints)(bits >> 23) - 127, Floats);
+  const Floats m = (Floats)((bits & 0x7fffffu) | 0x3f800000u) - 1.0f;  // in [0, 1)
+  // log(1 + m), fitted at Chebyshev's points
+  Floats p = Floats{} + 0.0100092896f;
+  p = p * m - 0.0524375371f;
+  p = p * m + 0.130833428f;
+  p = p * m - 0.223165864f;
+  p = p * m + 0.327225715f;
+  p = p * m - 0.499285049f;
+  p = p * m + 0.999967081f;
+  p = p * m + 2.55467302e-07f;
+  return p + e * 0.69314718f;
+}
+
+// values[v ..] as floats; lowest where there are none.
+template <class T>
+inline Floats sixteen(const T* values, int64_t left) {
+  Floats x;
+  if (left >= 16) {
+    if constexpr (Kind<T>::lanes == 16) return Kind<T>::values(values);
+  }
+  for (int i = 0; i < 16; i++) x[i] = i < left ? float(values[i]) : -std::numeric_limits<float>::infinity();
+  return x;
+}
+
+inline float largest(Floats x) {
+  float top = x[0];
+  for (int i = 1; i < 16; i++) top = std::max(top, x[i]);
+  return top;
+}
+
+// The token of the largest value, the first of several.
+template <class T>
+int64_t top_of(const T* values, int64_t V) {
+  Floats peak = Floats{} - std::numeric_limits<float>::infinity();
+  for (int64_t v = 0; v < V; v += 16) {
+    const Floats x = sixteen(values + v, V - v);
+    peak = x > peak ? x : peak;
+  }
+  const float near = largest(peak);
+  int64_t top = -1;
+  for (int64_t v = 0; v < V; v++)
+    if (float(values[v]) >= near && (top < 0 || values[v] > values[top])) top = v;
+  return std::max<int64_t>(top, 0);
+}
+
+// The token of largest values + temperature * Gumbel noise: roughly for all, exactly for those that come near.
+template <class T>
+int64_t winner(const T* values, int64_t V, float temperature, int64_t key, int64_t position,
+               std::vector<float>& rough) {
+  using Sum = typename Kind<T>::Sum;
+  if (!(temperature > 0)) return top_of(values, V);
+  const Stream stream(key, position);
+  rough.resize((V + 15) / 16 * 16);
+  Words lane;
+  for (int i = 0; i < 16; i++) lane[i] = i;
+  Floats peak = Floats{} - std::numeric_limits<float>::infinity();
+  for (int64_t v = 0; v < V; v += 16) {
+    const Floats u = __builtin_convertvector((Ints)stream.bits(lane + std::uint32_t(v)), Floats) * 0x1p-31f + 0x1p-32f;
+    const Floats small = u * (1.0f + u * (0.5f + u * 0.33333333f));
+    const Floats exponential = u < 0.015625f ? small : -rough_log(1.0f - u + 0x1p-25f);
+    const Floats score = sixteen(values + v, V - v) - temperature * rough_log(exponential);
+    std::memcpy(rough.data() + v, &score, 64);
+    peak = score > peak ? score : peak;
+  }
+  const float near = largest(peak) - 0.02f * temperature - 1e-4f;
+  int64_t top = 0;
+  Sum best = -std::numeric_limits<Sum>::infinity();
+  for (int64_t v = 0; v < V; v++) {
+    if (rough[v] < near) continue;
+    const float uniform = float(stream.bits(std::uint32_t(v))) * float(-0x1p-31 * (1 - 0x1p-23)) - 0x1p-32f;
+    const float noise = std::log(-std::log1p(uniform));
+    const Sum score = Sum(values[v]) - Sum(temperature) * Sum(noise);
+    if (score > best) {
+      best = score;
+      top = v;
+    }
+  }
+  return top;
+}
+
 // ------------------------------------------------------------------------------------------------------- operators
 
 template <class Work>
@@ -611,10 +722,50 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
   return out;
 }
 
+// [B, N] what is emitted at `position` [B, N] under values [B, N, V], temperature [B] float32 and noise of `key` [B].
+Tensor race(const Tensor& values, const Tensor& temperature, const Tensor& key, const Tensor& position) {
+  const int64_t B = values.size(0), N = values.size(1), V = values.size(2);
+  const Tensor v = values.contiguous(), p = position.contiguous(), t = temperature.contiguous(), k = key.contiguous();
+  Tensor out = at::empty({B, N}, position.options());
+  int64_t* to = out.data_ptr<int64_t>();
+  by_type(v, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, B * N, 1, [&](int64_t begin, int64_t end) {
+      static thread_local std::vector<float> rough;
+      for (int64_t i = begin; i < end; i++)
+        to[i] = winner(v.const_data_ptr<T>() + i * V, V, t.const_data_ptr<float>()[i / N],
+                       k.const_data_ptr<int64_t>()[i / N], p.const_data_ptr<int64_t>()[i], rough);
+    });
+  });
+  return out;
+}
+
+// Move the nodes of `path` [B, N], `count` [B] of them, to the first slots behind the `length` [B] committed ones of
+// every store [B, K, S, D]. A path rises, so no node is overwritten before it has moved.
+void move(at::TensorList stores, const Tensor& path, const Tensor& length, const Tensor& count) {
+  const int64_t B = path.size(0), N = path.size(1);
+  const Tensor paths = path.contiguous(), before = length.contiguous(), number = count.contiguous();
+  const int64_t *nodes = paths.const_data_ptr<int64_t>(), *lengths = before.const_data_ptr<int64_t>();
+  const int64_t* counts = number.const_data_ptr<int64_t>();
+  for (const Tensor& store : stores) {
+    const int64_t S = store.size(2), bytes = store.element_size(), size = store.size(3) * bytes;
+    for (int64_t b = 0; b < B; b++)
+      for (int64_t k = 0; k < store.size(1); k++) {
+        char* rows = static_cast<char*>(store.mutable_data_ptr()) + (b * store.stride(0) + k * store.stride(1)) * bytes;
+        const int64_t step = store.stride(2) * bytes;
+        for (int64_t i = 0; i < counts[b]; i++)
+          if (const int64_t node = nodes[b * N + i]; node != i)
+            std::memcpy(rows + (lengths[b] + i) % S * step, rows + (lengths[b] + node) % S * step, size);
+      }
+  }
+}
+
 TORCH_LIBRARY(foretoken, m) {
   m.def("pack(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
   m.def("write(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor slot) -> ()");
+  m.def("race(Tensor values, Tensor temperature, Tensor key, Tensor position) -> Tensor");
+  m.def("move(Tensor(a!)[] stores, Tensor path, Tensor length, Tensor count) -> ()");
   m.def("attend(Tensor query, Tensor keys, Tensor values, Tensor plan, float scale, float cap, Tensor? sinks) -> Tensor");
 }
 
@@ -622,6 +773,8 @@ TORCH_LIBRARY_IMPL(foretoken, CPU, m) {
   m.impl("pack", pack);
   m.impl("linear", linear);
   m.impl("write", write);
+  m.impl("race", race);
+  m.impl("move", move);
   m.impl("attend", attend);
 }
 

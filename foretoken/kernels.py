@@ -97,5 +97,21 @@ def write_like(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tenso
     """Nothing comes out."""
 
 
-SHAPES = {"pack": packed_like, "linear": linear_like, "attend": attend_like, "write": write_like}
+def race_like(values: Tensor, temperature: Tensor, key: Tensor, position: Tensor) -> Tensor:
+    """[B, N] int64."""
+    return torch.empty_like(position)
+
+
+def move_like(stores: list[Tensor], path: Tensor, length: Tensor, count: Tensor) -> None:
+    """Nothing comes out."""
+
+
+SHAPES = {
+    "pack": packed_like,
+    "linear": linear_like,
+    "attend": attend_like,
+    "write": write_like,
+    "race": race_like,
+    "move": move_like,
+}
 """What comes out of each operator, for tracing."""

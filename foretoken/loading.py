@@ -24,7 +24,10 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from foretoken.attention import adopt
+from foretoken.compiled import CompiledTarget
 from foretoken.errors import UserError, unknown
+from foretoken.program import Progress
+from foretoken.quantize import quantized, require_quantizable
 from foretoken.target import TREE_ATTENTION, Target, layer_windows, model_class_of
 
 DTYPES = {
@@ -51,25 +54,36 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     attention: str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
+    wait: bool = True,
+    progress: Progress | None = None,
 ) -> Target:
     """The causal language model and tokenizer at `path`, a folder or a hub name, ready to decode.
 
     dtype      as saved, if None; "float32", "float64", "bfloat16", "float16"
     device     cuda if there is one, else cpu, if None
     attention  transformers' attention implementation ("sdpa", "eager"); ours in place of "sdpa", if None
+    quantize   "int8": weights rounded to 8 bits by torchao, which is another model and says so in its name
+    compile    compile the step for this processor; `wait` and `progress` are those of `CompiledTarget`
 
-    `UserError` if there is no model, the model cannot branch (decided before weights load), or weights are missing or
-    cut short.
+    `UserError` if there is no model, the model cannot branch (decided before weights load), weights are missing or
+    cut short, or the step cannot be compiled.
     """
     if attention is not None and attention not in TREE_ATTENTION:
         raise unknown("attention implementation that reads trees", attention, TREE_ATTENTION)
+    if quantize is not None:
+        require_quantizable(quantize, compile)
     name = str(path)
     config = read_config(name)
     layer_windows(config.get_text_config(decoder=True), model_class_of(config))
     model = load_model(name, config, dtype=dtype, device=device, attention=attention)
     if attention is None:
         adopt(model)
-    return Target(model, read_tokenizer(name, config))
+    if quantize is not None:
+        quantized(model, quantize)
+    target = Target(model, read_tokenizer(name, config))
+    return CompiledTarget(target, wait=wait, progress=progress) if compile else target
 
 
 def load_model(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from foretoken.kernels import packed_like
+
 ops: Any = torch.ops
 LINEAR = ops.aten.linear.default
 NOTES = (ops.aten._assert_tensor_metadata.default,)
@@ -122,6 +124,21 @@ def tensors(sources: Sequence[Source], module: nn.Module, constants: Mapping[str
             found.append(ops.foretoken.pack(whole.detach()))
         else:
             found.append(parts[0].detach().contiguous())
+    return found
+
+
+def blanks(sources: Sequence[Source], module: nn.Module, constants: Mapping[str, Tensor]) -> list[Tensor]:
+    """Tensors like those of `tensors` in memory that nobody wrote, so that compiling needs no second set of weights."""
+    found: list[Tensor] = []
+    for source in sources:
+        if source.kind == "constant":
+            found.append(constants[source.names[0]])
+            continue
+        parts = [tensor_of(module, name) for name in source.names]
+        if source.kind == "packed":
+            found.append(packed_like(parts[0].new_empty(sum(len(p) for p in parts), parts[0].shape[1])))
+        else:
+            found.append(torch.empty_like(parts[0], memory_format=torch.contiguous_format))
     return found
 
 

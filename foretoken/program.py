@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foretoken.kernels import fingerprint, folder, load_kernels
-from foretoken.lowering import Source, lower, tensors
+from foretoken.lowering import Source, blanks, lower, tensors
 
 Progress = Callable[[str], None]
 """Told the name of each stage of compiling as it begins."""
@@ -37,12 +38,6 @@ class Recipe:
     args: tuple[Any, ...]
     dynamic: tuple[Any, ...]
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    @property
-    def name(self) -> str:
-        """The same for what compiles to the same code."""
-        parts = [*self.key, torch.__version__, fingerprint()]
-        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 class Program:
@@ -83,15 +78,40 @@ def program(recipe: Recipe, progress: Progress | None = None, *, inductor: bool 
     if not inductor:
         tell(STAGES[1])
         return Trace(recipe)
-    path = folder() / "programs" / recipe.name
-    path.mkdir(parents=True, exist_ok=True)
-    with FileLock(path / "lock"):
-        if not (path / "inputs.json").exists():
-            compile_into(path, recipe, tell)
+    path = kept(recipe, tell)
     tell(STAGES[3])
     sources = [Source(s["kind"], tuple(s["names"])) for s in json.loads((path / "inputs.json").read_text())]
     constants = load_file(path / "constants.safetensors")
     return Program(path, tensors(sources, recipe.module, constants), recipe.facts)
+
+
+def kept(recipe: Recipe, tell: Progress) -> Path:
+    """The folder of the compiled module, compiled now if it was not before."""
+    path = place(recipe.key)
+    path.mkdir(parents=True, exist_ok=True)
+    with FileLock(path / "lock"):
+        if not is_there(recipe.key):
+            compile_into(path, recipe, tell)
+    return path
+
+
+def is_there(key: Sequence[object]) -> bool:
+    """Whether a recipe of this key was compiled before."""
+    return (place(key) / "inputs.json").exists()
+
+
+def place(key: Sequence[object]) -> Path:
+    """The folder of what is compiled for a recipe of this key: the same for what compiles to the same code."""
+    parts = [*key, torch.__version__, fingerprint(), own_code()]
+    return folder() / "programs" / hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def own_code() -> str:
+    """Names the package's own source: what was traced with another is compiled anew."""
+    root = Path(__file__).parent
+    files = sorted([*root.glob("*.py"), *(root / "drafters").glob("*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def compile_into(path: Path, recipe: Recipe, tell: Progress) -> None:
@@ -100,7 +120,7 @@ def compile_into(path: Path, recipe: Recipe, tell: Progress) -> None:
 
     tell(STAGES[1])
     lowered = lower(recipe.module, recipe.args, recipe.dynamic)
-    given = tensors(lowered.sources, recipe.module, lowered.constants)
+    given = blanks(lowered.sources, recipe.module, lowered.constants)
     leaves, dynamic = flat(recipe.args), flat(recipe.dynamic)
     tell(STAGES[2])
     with torch.no_grad():

@@ -8,7 +8,7 @@ the guesses.
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -75,9 +75,8 @@ class Proposal(nn.Module):
         ]
         state = self._state(caches, carry)
         sampler = Traced(self.settings, Noise(key), self.vocab, temperature)
-        feed = Feed(
-            tokens, count, features, root, length, [], 1 << 20, sampler, False, root[:, None], root, caches  # pyright: ignore
-        )
+        counts, none = cast(Any, count), cast(Any, None)  # tensors stand for what a drafter asks of the host
+        feed = Feed(tokens, counts, features, root, length, [], 1 << 20, sampler, False, root[:, None], root, none)
         draft = self.drafter.propose(feed, state)
         last = getattr(state, "carry", carry)
         after = [cache.length for cache in caches]
@@ -181,7 +180,9 @@ def recipe_for(drafter: Any, target: CompiledTarget, settings: Sampling, feed: F
         sampler = Sampler([settings] * B, Noise(key), target.vocab)
         given = None if feed.features is None else features
         first = Feed(tokens, [M] * B, given, root, length, [], 1 << 20, sampler, False, tokens, root, feed.cache)
-        draft = made.propose(first, state)  # caches get their shapes, and what is kept between calls is not of the trace
+        draft = made.propose(
+            first, state
+        )  # caches get their shapes, and what is kept between calls is not of the trace
         facts = {"height": draft.height, "chained": draft.chained}
     batch, read = Dim("batch"), Dim("read")
     slots, ring = Dim("slots"), Dim("ring")
@@ -192,7 +193,14 @@ def recipe_for(drafter: Any, target: CompiledTarget, settings: Sampling, feed: F
     args = (tokens, torch.tensor([M, 2]), features, root, length, key, torch.ones(B, 1, 1), carry)
     row, rows = {0: batch}, {0: batch, 1: read}
     dynamic = (rows, row, rows, row, row, row, row, row, [row for _ in caches], by_cache)
-    name = (type(drafter).__name__, describe(drafter), drafter.plan.shape, drafter.plan.trees, drafter.plan.candidates, settings.temperature)
+    name = (
+        type(drafter).__name__,
+        describe(drafter),
+        drafter.plan.shape,
+        drafter.plan.trees,
+        drafter.plan.candidates,
+        settings.temperature,
+    )
     config = json.dumps(target.config.to_dict(), sort_keys=True, default=str)
     full = ("proposal", *name, config, target.dtype, size, transformers.__version__)
     return Recipe(full, proposal.eval(), (*args, [c.length for c in caches], stores), dynamic, facts)

@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from foretoken.cache import Count, SlotCache
 from foretoken.errors import UserError
+from foretoken.rules import Rule
+from foretoken.sampling import Sampler
 from foretoken.tree import Draft
 from foretoken.unembed import Unembedding, unembedding_of
 
@@ -120,6 +122,23 @@ class Target:
     def settled(self, features: Sequence[int] = ()) -> "Target":
         """The target that a session is to use throughout; a compiled one may still be compiling."""
         return self
+
+    def advance(
+        self,
+        draft: Draft,
+        cache: SlotCache,
+        sampler: Sampler,
+        rule: Rule,
+        limits: list[int],
+        eos: Tensor,
+        features: Sequence[int] = (),
+    ) -> Any:
+        """A whole step, committed in the cache, where a target can do that: (`advance.Advance`, what it told the host).
+
+        limits  per row, the most tokens that it may emit
+        eos     [B, E] int64, tokens that end each row, padded with -1
+        """
+        return None
 
     def judge(self, draft: Draft, cache: SlotCache, features: Sequence[int] = ()) -> Read:
         """Read a whole draft behind the committed tokens: logits and features at every node."""

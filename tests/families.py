@@ -142,6 +142,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 """Family -> its tiny configuration."""
 
+SELF_ATTENTION = ("codegen", "falcon", "falcon_new", "gptj", "stablelm")
+"""Supported families whose models compute attention by themselves, which no step is compiled for."""
+
 REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     "bamba": t.BambaConfig,
     "bert": t.BertConfig,

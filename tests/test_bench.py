@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from foretoken.bench import compare, engine
+from foretoken.bench import compare, engine, entries, step
 from foretoken.bench.cells import Ask, Group, groups, other
 from foretoken.bench.compare import Comparison, earlier, run
 from foretoken.bench.engine import decode, extra_parameters, held, read_per_forward
@@ -36,6 +37,7 @@ from foretoken.errors import UserError
 from foretoken.generation import decode_all
 from foretoken.rules import Match
 from foretoken.sampling import Sampling
+from foretoken.target import Target
 from tests.models import ASSETS, BITSTORIES, STORIES, asset
 from tests.signals import listening
 
@@ -120,6 +122,27 @@ def test_a_clock_changes_nothing(name: str):
     assert watch.read > 1000 * steps  # the weights in every step, and the cache behind the prompts
     cache = 2 * sum(x.shape[-1] * 4 * 4 for x in [torch.empty(1, 32)] * 8)  # keys and values, 4 heads, 8 layers
     assert watch.read - 1000 * steps == pytest.approx(cache * tokens_read(rows), rel=0.05)
+
+
+class Settling(Target):
+    """A target that hands sessions another one, as a compiled target that is not ready does."""
+
+    def __init__(self, given: Target) -> None:
+        self.__dict__.update(given.__dict__)
+        self.given, self.asked = given, list[tuple[int, ...]]()
+
+    def settled(self, features: Sequence[int] = ()) -> Target:
+        self.asked.append(tuple(features))
+        return self.given
+
+
+def test_the_clock_runs_on_the_target_that_the_session_uses():
+    target = Settling(asset(CODE, torch.float32))
+    heads = make_drafter(MEDUSA, target)
+    watch = decode(target, heads, Match(), [Request([5, 6, 7], max_new_tokens=8)], 1000)
+    assert target.asked == [tuple(heads.needs.features)]
+    assert len(watch.judges) == watch.rows[0].forwards > 0
+    assert watch.read > 1000 * len(watch.judges)
 
 
 def tokens_read(rows: Any) -> int:
@@ -231,6 +254,44 @@ def test_going_on_measures_what_is_missing(tmp_path: Path):
     assert not {r.round for r in new} & {r.round for r in first.rows}
     with pytest.raises(UserError, match="repeat those options"):
         earlier(ask_for(tmp_path, resume=True, new=11))
+
+
+class Compiled(Target):
+    """Stands for a compiled target: `settled` is itself, and it says what it was settled for."""
+
+    def __init__(self, target: Target, **_: object) -> None:
+        self.__dict__.update(target.__dict__)
+        self.features = set[tuple[int, ...]]()
+        made.append(self)
+
+    def settled(self, features: Sequence[int] = ()) -> Target:
+        self.features.add(tuple(features))
+        return self
+
+
+made: list[Compiled] = []
+
+
+def test_compiled_rows_say_so_and_are_not_mixed_with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in (compare, entries):
+        monkeypatch.setattr(module, "CompiledTarget", Compiled)
+    eager = run(ask_for(tmp_path / "eager", limit=1, repeats=1))
+    ask = ask_for(tmp_path / "compiled", limit=1, repeats=1, compile=True)
+    compiled = run(ask)
+    assert [{r.compiled for r in found.rows} for found in (eager, compiled)] == [{False}, {True}]
+    assert [found.runs[0].settings.get("compile") for found in (eager, compiled)] == [None, True]
+    assert made[-1].features == {()}
+    assert run(replace(ask, resume=True)).rows == compiled.rows
+    for folder, compiles in (("eager", True), ("compiled", False)):
+        with pytest.raises(UserError, match="repeat those options"):
+            run(ask_for(tmp_path / folder, limit=1, repeats=1, resume=True, compile=compiles))
+
+
+@pytest.mark.slow
+def test_a_compiled_comparison_says_what_plain_decoding_says(tmp_path: Path):
+    found = run(ask_for(tmp_path, limit=1, repeats=1, compile=True))
+    assert {(r.compiled, r.same_as_plain) for r in found.rows} == {(True, True)}
+    assert all(r.verify and r.steps for r in found.rows)
 
 
 def test_a_torn_line_is_left_out_and_mended(tmp_path: Path):
@@ -466,6 +527,8 @@ def test_what_is_asked_for_twice_is_measured_once(tmp_path: Path, monkeypatch: p
     options = ["--batch", "2,1,2", "--temperature", "0,1,0"]
     assert CliRunner().invoke(app, ["bench", STORIES, "--out", str(tmp_path), *options]).exit_code == 0
     assert (asked[0].batches, asked[0].temperatures) == ([2, 1], [0.0, 1.0])
+    assert CliRunner().invoke(app, ["bench", STORIES, "--out", str(tmp_path), "--compile"]).exit_code == 0
+    assert [ask.compile for ask in asked] == [False, True]
 
 
 def test_one_reason_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -476,6 +539,31 @@ def test_one_reason_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Not measured: x:a; x:b, batch 2, temperature 0.5. It is not installed." in capsys.readouterr().out.replace(
         "\n", " "
     )
+
+
+def test_each_one_reads_as_often_in_turn(monkeypatch: pytest.MonkeyPatch):
+    """Eager, compiled and transformers: as many forwards and tokens of each as repeats, ratios of the same repeat."""
+    monkeypatch.setattr(step, "SPAN", 2)
+    target = asset(STORIES, torch.float32)
+    targets = {step.EAGER: target, step.COMPILED: Settling(target)}
+    times = step.step_times(targets, [1, 3], 8, 2)
+    assert {(who, w): len(t) for (who, w), t in times.forward.items()} == {
+        (who, w): 2 for who in (step.EAGER, step.COMPILED, step.THEIRS) for w in (1, 3)
+    }
+    assert {who: len(t) for who, t in times.token.items()} == dict.fromkeys((step.EAGER, step.COMPILED, step.THEIRS), 2)
+    forward = {(who, w): [i * w, 2 * i * w] for i, who in enumerate(targets, 1) for w in (1, 3)}
+    forward |= {(step.THEIRS, w): [4.0, 4.0] for w in (1, 3)}
+    token = {step.EAGER: [2.0, 2.0], step.COMPILED: [1.0, 1.0], step.THEIRS: [6.0, 6.0]}
+    record = step.found(step.Times(forward, token))
+    assert record["widths"][3] == {"ms": 4500, "transformers_ms": 4000, "v": 3, "compiled_ms": 9000, "compiled_v": 3}
+    assert (record["generate_over_step"], record["generate_over_compiled_step"]) == (3, 6)
+    eager = step.found(
+        step.Times(
+            {k: t for k, t in forward.items() if k[0] != step.COMPILED},
+            {k: token[k] for k in (step.EAGER, step.THEIRS)},
+        )
+    )
+    assert "compiled_ms" not in eager["widths"][1]
 
 
 @pytest.mark.slow

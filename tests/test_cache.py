@@ -279,7 +279,7 @@ def test_nodes_see_committed_slots_and_ancestors_within_the_window(situation):
     """Slot by slot: what lies there after writing everything in order, and whether the node may look at it."""
     window, offset, n, parent, lengths, reserve, counts = situation
     cache = SlotCache(2, 112, [window], reserve, CPU)
-    cache._resize(lengths)
+    cache.resize(lengths)
     ancestors = closure(torch.tensor(parent))
     depth = (ancestors.sum(-1) - 1)[:, offset:]
     masks = cache.plan(depth, ancestors[:, offset:], offset, torch.float64, counts)

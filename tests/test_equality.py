@@ -3,6 +3,7 @@
 The yardstick is `reference`: no cache, no batch, one forward of the whole prefix per token.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from itertools import cycle
@@ -226,10 +227,13 @@ def mixed_requests(name: str, dtype: str) -> tuple[list[Request], list[list[int]
 def test_families(name: str, dtype: str):
     """Families x drafters, in a ragged batch of twelve different requests and alone."""
     target, draft = family(name, dtype)
+    keys = [key for key in DRAFTERS if key not in ALIKE or SUPPORTED.index(name) % 4 == 0]
+    assert_mixed_requests(name, dtype, target, draft, keys)
+
+
+def assert_mixed_requests(name: str, dtype: str, target: Target, draft: Target, keys: Sequence[str]) -> None:
     requests, want = mixed_requests(name, dtype)
-    for k, key in enumerate(DRAFTERS):
-        if key in ALIKE and SUPPORTED.index(name) % 4:
-            continue
+    for k, key in enumerate(keys):
         drafter = drafter_for(key, target, draft)
         assert [r.output for r in run(target, drafter, requests)] == want, key
         one = k % len(requests)
@@ -240,7 +244,10 @@ def test_families(name: str, dtype: str):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_penalties_warpers_and_processors(key: str, dtype: str):
     """Settings that depend on the prefix, different in every row of one batch."""
-    target, draft = family("llama", dtype)
+    assert_prefix_settings(key, *family("llama", dtype))
+
+
+def assert_prefix_settings(key: str, target: Target, draft: Target) -> None:
     settings = [
         Sampling(temperature=0.0, seed=3, **PENALTIES),
         Sampling(temperature=0.9, seed=4, processors=(Odd(),), **PENALTIES),
@@ -260,7 +267,11 @@ def test_penalties_warpers_and_processors(key: str, dtype: str):
 @pytest.mark.parametrize("key", DRAFTERS)
 def test_end_tokens_and_lengths(key: str, temperature: float):
     """An end token anywhere in a block, and every length, cut the same output at the same place."""
-    target, draft = family("llama", "float64")
+    assert_ends(key, temperature, *family("llama", "float64"))
+
+
+def assert_ends(key: str, temperature: float, target: Target, draft: Target) -> None:
+    """Of the family "llama" in float64."""
     want = expected("llama", "float64", temperature)
     drafter = drafter_for(key, target, draft)
     sampling = Sampling(temperature=temperature, seed=11)
@@ -283,7 +294,10 @@ def test_end_tokens_and_lengths(key: str, temperature: float):
 @pytest.mark.parametrize("key", DRAFTERS)
 def test_rows_join_and_leave(key: str):
     """Eight requests of different lengths through two places: neighbours and order change nothing."""
-    target, draft = family("mistral", "float64")
+    assert_neighbours(key, *family("mistral", "float64"))
+
+
+def assert_neighbours(key: str, target: Target, draft: Target) -> None:
     prompts = prompts_of(target)
     sampling = Sampling(temperature=0.8, seed=2)
     requests = [Request(prompts[i % 4], sampling, i, 3 + 4 * ((5 * i) % 7)) for i in range(8)]
@@ -296,7 +310,10 @@ def test_rows_join_and_leave(key: str):
 @pytest.mark.parametrize("key", DRAFTERS)
 def test_the_context_ends_the_output(key: str):
     """At the end of the context drafts still fit, and the output stops where the context does."""
-    target, draft = family("opt", "float64")  # learned positions: a node past the end would have none
+    assert_context(key, *family("opt", "float64"))  # learned positions: a node past the end would have none
+
+
+def assert_context(key: str, target: Target, draft: Target) -> None:
     assert target.context is not None
     prompt = (prompts_of(target)[0] * 40)[: target.context - 6]
     rows = run(

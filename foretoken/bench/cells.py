@@ -31,16 +31,18 @@ class Ask:
     device: str | None = None
     attention: str | None = None
     resume: bool = False
+    compile: bool = False
 
     def same(self) -> dict[str, Any]:
         """What later calls into the same folder must share."""
-        return {
+        asked: dict[str, Any] = {
             "max_new_tokens": self.new,
             "limit": self.limit,
             "length": self.length,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
         }
+        return asked | {"compile": True} if self.compile else asked  # results of before there was a choice are eager
 
 
 @dataclass(frozen=True, slots=True)

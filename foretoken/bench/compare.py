@@ -23,6 +23,7 @@ from foretoken.bench.predict import forward, predicted, running
 from foretoken.bench.rows import EVERY, FILE, PLAIN, Cost, Results, Run, Skip, Writer, read
 from foretoken.bench.taken import rows_of
 from foretoken.bench.tasks import Prompt, prompts
+from foretoken.compiled import CompiledTarget
 from foretoken.costs import measure
 from foretoken.errors import UserError
 from foretoken.loading import load
@@ -148,7 +149,7 @@ class Comparison:
         """The target's forwards by width, once for each batch size."""
         if batch in self.timed:
             return []
-        timed = measure(self.target, batch, context=self.ask.length + self.ask.new // 2)
+        timed = measure(self.target.settled(), batch, context=self.ask.length + self.ask.new // 2)
         self.timed[batch] = Cost(self.run, batch, widths=list(timed.widths), seconds=list(timed.forward))
         return [self.timed[batch]]
 
@@ -233,16 +234,19 @@ def run(ask: Ask) -> Results:
         target, ask.tasks, limit=ask.limit + max(ask.batches), length=ask.length, new=ask.new, seed=ask.seed
     )
     too_few(ask, found)  # or is there nothing to measure?
-    writer = Writer(ask.out)
-    comparison = Comparison(ask, target, writer, done)
-    try:
-        with progress() as update:
+    with progress() as update:
+        if ask.compile:
+            target = CompiledTarget(target, progress=lambda stage: update(f"compiling: {stage}", 0, 1))
+            target.settled()
+        writer = Writer(ask.out)
+        comparison = Comparison(ask, target, writer, done)
+        try:
             update("measuring the memory's speed", 0, 1)
             comparison.start(read_bandwidth(target.device), max(len(p.ids) for p in found) + ask.new)
             comparison.everything(found, update)
-    finally:
-        comparison.close()
-        writer.close()
+        finally:
+            comparison.close()
+            writer.close()
     return read(ask.out)
 
 

@@ -106,6 +106,7 @@ def decode(
 
     weights: bytes that a forward reads; audit: weigh the drafter's state as well, which takes time.
     """
+    target = target.settled(drafter.needs.features)  # or a session would take another, without the clock
     clocked = Clocked(drafter, target.device, audit)
     twin, watch = clocked_target(target, clocked.watch, weights), clocked.watch
 

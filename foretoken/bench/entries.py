@@ -9,6 +9,7 @@ from torch import get_num_threads
 from foretoken.bench.cells import Ask, Group
 from foretoken.bench.engine import Watch, decode, extra_parameters, read_per_forward
 from foretoken.bench.methods import Method, methods
+from foretoken.compiled import CompiledTarget
 from foretoken.decode import Request, Row
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError, unknown
@@ -64,6 +65,7 @@ class Ours:
         self.rule = make_rule(method.rule)
         self.resamples = self.rule.samples
         self.drafter = make_drafter(method.drafter, target, dict(method.settings))
+        target.settled(self.drafter.needs.features)  # compiled now, not while the first prompt is timed
         self.parameters, self.bytes = extra_parameters(self.drafter, target)
         self.kept: dict[int, int] = {}  # bytes that drafting keeps, by batch size
         self.weights = read_per_forward(target)
@@ -91,6 +93,7 @@ class Ours:
             "peer": False,
             "requires": self.method.requires,
             "extra_parameters": self.parameters,
+            "compiled": isinstance(self.target, CompiledTarget),
         }
 
     def close(self) -> None:

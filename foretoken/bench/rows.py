@@ -82,6 +82,7 @@ class Row:
     same_as_plain      whether the tokens are plain decoding's; None where another sample of the same law is expected
     differs            where not: first position, both tokens, and the target's gap between its two best logits there
     ids, drafted       the tokens, and "1" for each that was guessed; of the first repeat only
+    compiled           whether the target's steps were compiled; peers do as they do
     """
 
     run: str
@@ -123,6 +124,7 @@ class Row:
     differs: dict[str, Any] | None = None
     ids: list[int] | None = None
     drafted: str | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

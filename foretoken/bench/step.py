@@ -7,7 +7,7 @@ of the machine's speed meets all of them. Medians are reported.
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -18,16 +18,17 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from foretoken.attention import NAME, adopt
-from foretoken.cache import SlotCache
+from foretoken.bench.engine import read_per_forward
+from foretoken.bench.own import cache_ratio, engine_times
+from foretoken.compiled import CompiledTarget
 from foretoken.decode import Request, Session
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.loading import DTYPES, load
 from foretoken.machine import Machine, read_bandwidth, synchronise
-from foretoken.sampling import Sampling
 from foretoken.target import Target
 from foretoken.tree import Draft, chain
 
@@ -47,16 +48,16 @@ SYNTHETIC = {
 
 SPAN = 32
 """Consecutive tokens of plain decoding that are timed together."""
+EAGER, COMPILED, THEIRS = "eager", "compiled", "transformers"
+"""Who reads: our target as it is, the same compiled, the model with transformers' own cache and attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds per forward, a list of repeats for each width, and per token of plain decoding, ours and `generate`'s."""
+    """Seconds, a list of repeats for each (who, width) of a forward, and per token of plain decoding for each who."""
 
-    ours: dict[int, list[float]]
-    theirs: dict[int, list[float]]
-    plain_step: list[float]
-    generate_step: list[float]
+    forward: dict[tuple[str, int], list[float]] = field(default_factory=dict[tuple[str, int], list[float]])
+    token: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
 
 def target_for(model: str, dtype: str | None) -> Target:
@@ -86,44 +87,59 @@ def draft_of(width: int, vocab: int, device: torch.device) -> Draft:
     return chain(torch.randint(vocab, (1, width), device=device))
 
 
-def forward_times(target: Target, widths: list[int], context: int, repeats: int) -> Times:
-    """Interleaved forwards behind `context` tokens; the first two rounds warm up."""
-    device, vocab = target.device, target.vocab
-    prompt = torch.randint(vocab, (1, context), device=device)
-    cache = target.cache(1, context + 64 + max(widths), max(widths))
-    dynamic = DynamicCache(config=target.config)
-    target.read(prompt, [context], cache)
-    target.model(input_ids=prompt, past_key_values=dynamic, use_cache=True, logits_to_keep=1)
+def step_times(targets: dict[str, Target], widths: list[int], context: int, repeats: int) -> Times:
+    """Interleaved forwards and plain decoding behind `context` tokens; the first two rounds warm up.
+
+    targets: ours by who; all read with one model.
+    """
+    target = targets[EAGER]
+    prompt = torch.randint(target.vocab, (1, context), device=target.device)
+    forwards = Forwards(targets, prompt, max(widths))
     drafter = make_drafter("none", target)
     steps = generate_steps(target, prompt, repeats + 2)
-    times = Times({w: [] for w in widths}, {w: [] for w in widths}, [], [])
 
-    def one(kind: str, width: int) -> float:
-        draft = draft_of(width, vocab, device)
-        if kind == "ours":
-            return timed(lambda: target.judge(draft, cache), device)
-        if kind == "step":
-            session = Session(target, drafter, [Request(prompt[0].tolist(), max_new_tokens=SPAN + 1)])
-            return timed(lambda: [session.step() for _ in range(SPAN)], device) / SPAN
-        if kind == "generate":
+    def token(who: str) -> float:
+        if who == THEIRS:
             with unmodified(target):
                 return next(steps)
-        with unmodified(target):
-            seconds = timed(lambda: theirs_forward(target, draft, dynamic), device)
-        dynamic.crop(-width)
-        return seconds
+        session = Session(targets[who], drafter, [Request(prompt[0].tolist(), max_new_tokens=SPAN + 1)])
+        return timed(lambda: [session.step() for _ in range(SPAN)], target.device) / SPAN
 
-    work = [(kind, w) for kind in ("ours", "theirs") for w in widths] + [("step", 1), ("generate", 1)]
-    order, kept = Random(0), {"step": times.plain_step, "generate": times.generate_step}
+    everyone = [*targets, THEIRS]
+    work = [(who, width) for who in everyone for width in (*widths, 0)]  # 0: a token of plain decoding
+    times = Times({(who, w): [] for who in everyone for w in widths}, {who: [] for who in everyone})
+    order = Random(0)
     for repeat in track(
         range(repeats + 2), "forwards", transient=True, console=Console(stderr=True), auto_refresh=False
     ):
         order.shuffle(work)  # what runs before leaves its traces in the caches
-        for kind, w in work:
-            seconds = one(kind, w)
+        for who, width in work:
+            seconds = forwards(who, width) if width else token(who)
             if repeat >= 2:
-                kept.get(kind, (times.ours if kind == "ours" else times.theirs)[w]).append(seconds)
+                (times.forward[who, width] if width else times.token[who]).append(seconds)
     return times
+
+
+class Forwards:
+    """Times a forward of any width behind a prompt [1, n] that was read before."""
+
+    def __init__(self, targets: dict[str, Target], prompt: torch.Tensor, widest: int) -> None:
+        self.targets, self.target = targets, targets[EAGER]
+        context = prompt.shape[1]
+        self.cache = self.target.cache(1, context + 64 + widest, widest)
+        self.dynamic = DynamicCache(config=self.target.config)
+        self.target.read(prompt, [context], self.cache)
+        self.target.model(input_ids=prompt, past_key_values=self.dynamic, use_cache=True, logits_to_keep=1)
+
+    def __call__(self, who: str, width: int) -> float:
+        """Seconds of one forward; nothing of it is kept."""
+        draft = draft_of(width, self.target.vocab, self.target.device)
+        if who != THEIRS:
+            return timed(lambda: self.targets[who].judge(draft, self.cache), self.target.device)
+        with unmodified(self.target):
+            seconds = timed(lambda: theirs_forward(self.target, draft, self.dynamic), self.target.device)
+        self.dynamic.crop(-width)
+        return seconds
 
 
 @contextmanager
@@ -155,79 +171,19 @@ def generate_steps(target: Target, prompt: torch.Tensor, repeats: int) -> Any:
         yield (run(1 + SPAN) - run(1)) / SPAN
 
 
-def engine_times(vocab: int, batch: int, temperature: float, repeats: int, width: int = 8) -> list[float]:
-    """Seconds of everything in a step outside the model's forward: prompt lookup at `width`, emitting, text included.
-
-    A model of one narrow layer carries the session; its forward's time is measured inside each step and taken off. The
-    logits are replaced by ones under which the copied tokens are accepted, as on repetitive text.
-    """
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        vocab_size=vocab,
-        max_position_embeddings=8192,
-    )
-    target = Clocked(LlamaForCausalLM(config))
-    drafter = make_drafter("prompt_lookup", target, {"length": width - 1})
-    target.tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "assets" / "stories260K")
-    prompts = [[(7 * i + b) % 97 + 3 for i in range(97)] * 3 for b in range(batch)]
-    sampling = Sampling(temperature=temperature)
-    tokens = (repeats + 8) * width
-    session = Session(target, drafter, [Request(p, sampling, i, tokens, stream=True) for i, p in enumerate(prompts)])
-    seconds: list[float] = []
-    for _ in range(repeats + 3):
-        target.forward_seconds = 0.0
-        began = perf_counter()
-        session.step()
-        seconds.append(perf_counter() - began - target.forward_seconds)
-    return seconds[3:]
-
-
-class Clocked(Target):
-    """A target that says how long its forwards took. Its logits spread as a language model's do (standard deviation
-    2.5), and the copied continuation has 97 % of the probability."""
-
-    forward_seconds = 0.0
-
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        super().__init__(model)
-        self.spread = 2.5 * torch.randn(self.vocab, generator=torch.Generator().manual_seed(0))
-
-    def extend(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        began = perf_counter()
-        read = super().extend(tokens, *args, **kwargs)
-        follower = (tokens - 3 + 7) % 97 + 3
-        if kwargs.get("at") is not None:
-            follower = follower[:, kwargs["at"]]
-        read.logits.copy_(self.spread.expand_as(read.logits)).scatter_(-1, follower[..., None], 17.0)
-        self.forward_seconds += perf_counter() - began
-        return read
-
-
-def cache_ratio(target: Target, tokens: int, width: int = 8) -> float:
-    """Bytes of our cache over those of transformers' static cache, both for `tokens` tokens of one row."""
-    heads = getattr(target.config, "num_key_value_heads", target.config.num_attention_heads)
-    size = getattr(target.config, "head_dim", None) or target.config.hidden_size // target.config.num_attention_heads
-    static = StaticCache(config=target.config, max_cache_len=tokens)
-    static.early_initialization(1, heads, size, target.dtype, target.device)
-    theirs = sum(x.nbytes for layer in static.layers for x in (layer.keys, layer.values))  # pyright: ignore
-    ours: SlotCache = target.cache(1, tokens + width, width)
-    target.read(torch.zeros(1, 4, dtype=torch.int64, device=target.device), [4], ours)
-    return ours.nbytes / theirs
-
-
 @torch.inference_mode()
-def run(model: str, dtype: str | None, widths: list[int], context: int, repeats: int, out: str | None) -> None:
+def run(
+    model: str, dtype: str | None, widths: list[int], context: int, repeats: int, out: str | None, compiled: bool
+) -> None:
     """Measure, print the tables, and write them as JSON to `out` if given."""
     if any(w < 1 for w in widths) or repeats < 1 or context < 8:
         raise UserError(
             f"Widths {widths}, {repeats} repeats, context {context}: widths and repeats start at 1, the context at 8."
         )
     target, console = target_for(model, dtype), Console()
-    weights = sum(p.nbytes for p in target.model.parameters())
+    targets = {EAGER: target}
+    if compiled:
+        targets[COMPILED] = CompiledTarget(target).settled()
     result: dict[str, Any] = {
         "model": model,
         "parameters": sum(p.numel() for p in target.model.parameters()),
@@ -237,14 +193,8 @@ def run(model: str, dtype: str | None, widths: list[int], context: int, repeats:
         "machine": Machine.here().as_dict(),
         "bandwidth_gb_s": read_bandwidth(target.device),
     }
-    times = forward_times(target, sorted({1, *widths}), context, repeats)
-    result["widths"] = {
-        w: {"ms": median(t) * 1e3, "transformers_ms": median(times.theirs[w]) * 1e3, "v": paired(t, times.ours[1])}
-        for w, t in times.ours.items()
-    }
-    result["step_ms"], result["generate_ms"] = median(times.plain_step) * 1e3, median(times.generate_step) * 1e3
-    result["generate_over_step"] = paired(times.generate_step, times.plain_step)
-    result["floor_ms"] = weights / result["bandwidth_gb_s"] / 1e6
+    result["floor_ms"] = read_per_forward(target) / result["bandwidth_gb_s"] / 1e6
+    result |= found(step_times(targets, sorted({1, *widths}), context, repeats))
     result["engine_ms"] = {
         f"batch {b}, temperature {t:g}": median(engine_times(32000, b, t, repeats)) * 1e3
         for t in (0.0, 1.0)
@@ -254,6 +204,26 @@ def run(model: str, dtype: str | None, widths: list[int], context: int, repeats:
     show(result, console)
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def found(times: Times) -> dict[str, Any]:
+    """What the times say, for the record; that of a compiled target if there is one."""
+    token, widths = times.token, sorted({w for _, w in times.forward})
+    record: dict[str, Any] = {"widths": {}}
+    for w in widths:
+        eager, theirs = times.forward[EAGER, w], times.forward[THEIRS, w]
+        row = {"ms": median(eager) * 1e3, "transformers_ms": median(theirs) * 1e3}
+        row["v"] = paired(eager, times.forward[EAGER, 1])
+        if COMPILED in token:
+            mine = times.forward[COMPILED, w]
+            row |= {"compiled_ms": median(mine) * 1e3, "compiled_v": paired(mine, times.forward[COMPILED, 1])}
+        record["widths"][w] = row
+    record |= {"step_ms": median(token[EAGER]) * 1e3, "generate_ms": median(token[THEIRS]) * 1e3}
+    record["generate_over_step"] = paired(token[THEIRS], token[EAGER])
+    if COMPILED in token:
+        record["compiled_step_ms"] = median(token[COMPILED]) * 1e3
+        record["generate_over_compiled_step"] = paired(token[THEIRS], token[COMPILED])
+    return record
 
 
 def paired(a: list[float], b: list[float]) -> float:
@@ -267,15 +237,26 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['model']}: {result['parameters'] / 1e6:.1f}M parameters, {result['dtype']}, {result['context']} "
         f"tokens committed; read bandwidth {result['bandwidth_gb_s']:.1f} GB/s, so {result['floor_ms']:.1f} ms at least"
     )
-    table = Table("width", "ms", "v(width)", "transformers ms", "ratio", title="One forward", title_justify="left")
+    compiled = "compiled_step_ms" in result
+    more = ("compiled ms", "v(width)") if compiled else ()
+    table = Table(
+        *("width", "ms", "v(width)", *more, "transformers ms", "ratio"), title="One forward", title_justify="left"
+    )
     for w, row in result["widths"].items():
-        ratio = row["ms"] / row["transformers_ms"]
-        table.add_row(str(w), f"{row['ms']:.2f}", f"{row['v']:.2f}", f"{row['transformers_ms']:.2f}", f"{ratio:.2f}")
+        best = row["compiled_ms"] if compiled else row["ms"]
+        cells = [row["ms"], row["v"], *([row["compiled_ms"], row["compiled_v"]] if compiled else [])]
+        cells += [row["transformers_ms"], best / row["transformers_ms"]]
+        table.add_row(str(w), *(f"{cell:.2f}" for cell in cells))
     console.print(table)
     console.print(
         f"One token: {result['step_ms']:.2f} ms with Session.step, {result['generate_ms']:.2f} ms with transformers' "
         f"generate (paired ratio {result['generate_over_step']:.2f})"
     )
+    if compiled:
+        console.print(
+            f"Compiled: {result['compiled_step_ms']:.2f} ms with Session.step (paired ratio "
+            f"{result['generate_over_compiled_step']:.2f})"
+        )
     table = Table(
         "case", "ms per step", title="The engine's own work, width 8, vocabulary 32,000", title_justify="left"
     )

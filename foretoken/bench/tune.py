@@ -287,12 +287,20 @@ def run(
     dtype: str | None,
     device: str | None,
     attention: str | None,
+    compile: bool = False,
 ) -> None:
     """Tune, print what was found and write the choice."""
     tunable(drafters)  # what can be refused at once is
-    target = load(model, dtype=dtype, device=device, attention=attention)
-    found = prompts(target, tasks, limit=max(limit, batch), new=new, seed=seed)
     with progress() as update:
+        target = load(
+            model,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            compile=compile,
+            progress=lambda stage: update(f"compiling: {stage}", 0, 1),
+        )
+        found = prompts(target, tasks, limit=max(limit, batch), new=new, seed=seed)
         tuning = tune(target, drafters, found, batch=batch, temperature=temperature, new=new, seed=seed, update=update)
     choice = chosen(tuning, model, batch, temperature)
     choice.write(out)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from foretoken.commands.options import INPUT, METHOD, OUTPUT, SAMPLING, Attention, Device, Dtype, Model, numbers
+from foretoken.commands.options import INPUT, METHOD, MODEL, OUTPUT, SAMPLING, Attention, Device, Dtype, Model, numbers
 from foretoken.errors import UserError
 
 
@@ -58,6 +58,9 @@ def bench(
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the model's steps for this processor.", rich_help_panel=MODEL)
+    ] = False,
 ) -> None:
     """Compare methods with plain decoding on your model, prompts and machine; broken off, --resume goes on."""
     from foretoken.bench.cells import Ask
@@ -84,6 +87,7 @@ def bench(
         device,
         attention,
         resume,
+        compiled,
     )
     try:
         show(run(ask), out)

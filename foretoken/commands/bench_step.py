@@ -15,6 +15,7 @@ def bench_step(
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each width.")] = 15,
     dtype: Dtype = None,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Write the measurement as JSON.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure the compiled step as well.")] = False,
 ) -> None:
     """Measure what a forward costs at each width."""
     asked = numbers("--widths", widths)
@@ -22,4 +23,4 @@ def bench_step(
         raise UserError(f"--widths is {widths!r}; give whole numbers of 1 or more, separated by commas.")
     from foretoken.bench.step import run
 
-    run(model, dtype, [int(n) for n in asked], context, repeats, out)
+    run(model, dtype, [int(n) for n in asked], context, repeats, out, compiled)

@@ -2,12 +2,14 @@
 
 from foretoken.commands.options import (
     Attention,
+    Compile,
     Device,
     Drafter,
     Dtype,
     MinP,
     Model,
     NewTokens,
+    Quantize,
     Repetition,
     Rule,
     Seed,
@@ -36,6 +38,8 @@ def chat(
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = None,
+    quantize: Quantize = None,
+    compiled: Compile = False,
     show: Show = False,
 ) -> None:
     """Talk to a model on the terminal."""
@@ -50,5 +54,18 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    ask = Ask(model, drafter, set_ or [], rule, max_new_tokens, stop or [], sampling, dtype, device, attention)
+    ask = Ask(
+        model,
+        drafter,
+        set_ or [],
+        rule,
+        max_new_tokens,
+        stop or [],
+        sampling,
+        dtype,
+        device,
+        attention,
+        quantize,
+        compiled,
+    )
     talk(ask, show=show)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from foretoken.commands.options import Attention, Device, Dtype, Model
+from foretoken.commands.options import Attention, Compile, Device, Dtype, Model, Quantize
 
 
 def check(
@@ -12,6 +12,8 @@ def check(
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = None,
+    quantize: Quantize = None,
+    compiled: Compile = False,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Run trees through a model and compare with sequential forwards: can it be decoded exactly?"""
@@ -21,9 +23,20 @@ def check(
     from foretoken.check import as_dict, render
     from foretoken.check import check as compare
     from foretoken.loading import load
+    from foretoken.progress import progress
 
     quiet_loading(model)
-    report = compare(load(model, dtype=dtype, device=device, attention=attention))
+    with progress() as update:
+        target = load(
+            model,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            quantize=quantize,
+            compile=compiled,
+            progress=lambda stage: update(f"compiling the step: {stage}", 0, 1),
+        ).settled()
+    report = compare(target)
     typer.echo(dumps(as_dict(report)) if json else render(report))
     if not report.ok:
         raise typer.Exit(1)

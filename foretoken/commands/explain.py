@@ -11,6 +11,7 @@ from foretoken.commands.options import (
     OUTPUT,
     SAMPLING,
     Attention,
+    Compile,
     Device,
     Dtype,
     Frequency,
@@ -18,6 +19,7 @@ from foretoken.commands.options import (
     Model,
     NewTokens,
     Presence,
+    Quantize,
     Repetition,
     Rule,
     Seed,
@@ -63,6 +65,8 @@ def explain(
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = None,
+    quantize: Quantize = None,
+    compiled: Compile = False,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Find the first token at which two drafters' outputs part: a numerical tie or a bug?"""
@@ -93,6 +97,8 @@ def explain(
         dtype=dtype,
         device=device,
         attention=attention,
+        quantize=quantize,
+        compile=compiled,
         as_json=json,
     )
     if found == "bug":

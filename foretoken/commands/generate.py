@@ -9,6 +9,7 @@ from foretoken.commands.options import (
     INPUT,
     OUTPUT,
     Attention,
+    Compile,
     Device,
     Drafter,
     Dtype,
@@ -17,6 +18,7 @@ from foretoken.commands.options import (
     Model,
     NewTokens,
     Presence,
+    Quantize,
     Repetition,
     Rule,
     Seed,
@@ -63,6 +65,8 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = None,
+    quantize: Quantize = None,
+    compiled: Compile = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON per prompt.", rich_help_panel=OUTPUT)
     ] = False,
@@ -92,7 +96,20 @@ def generate(
         "frequency_penalty": frequency_penalty,
         "seed": seed,
     }
-    ask = Ask(model, drafter, set_ or [], rule, max_new_tokens, stop or [], sampling, dtype, device, attention)
+    ask = Ask(
+        model,
+        drafter,
+        set_ or [],
+        rule,
+        max_new_tokens,
+        stop or [],
+        sampling,
+        dtype,
+        device,
+        attention,
+        quantize,
+        compiled,
+    )
     answer(
         ask,
         texts,

@@ -58,6 +58,16 @@ Device = Annotated[
 Attention = Annotated[
     str | None, typer.Option(metavar="A", help="transformers' attention: sdpa, eager, ...", rich_help_panel=MODEL)
 ]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the model's steps for this processor.", rich_help_panel=MODEL),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="Q", help="int8: rounded weights, which are another model; needs torchao.", rich_help_panel=MODEL
+    ),
+]
 Show = Annotated[bool, typer.Option("--show", help="Colour each token by how it came.", rich_help_panel=OUTPUT)]
 
 

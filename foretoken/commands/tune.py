@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from foretoken.commands.options import INPUT, METHOD, OUTPUT, SAMPLING, Attention, Device, Dtype, Model
+from foretoken.commands.options import INPUT, METHOD, OUTPUT, SAMPLING, Attention, Compile, Device, Dtype, Model
 
 
 def tune(
@@ -41,6 +41,7 @@ def tune(
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = None,
+    compiled: Compile = False,
 ) -> None:
     """Choose the drafter and the draft that are fastest on this machine, or say that none pays."""
     from foretoken.bench.tune import run
@@ -58,4 +59,5 @@ def tune(
         dtype=dtype,
         device=device,
         attention=attention,
+        compile=compiled,
     )

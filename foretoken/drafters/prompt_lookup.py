@@ -40,11 +40,14 @@ class Index:
         self.read = max(self.read, len(text) - 1)
 
     def follow(self, text: list[int], sizes: range, length: int) -> list[int]:
-        """At most `length` tokens that followed the longest known n-gram at the end of `text`."""
+        """The `length` tokens that followed the longest known n-gram at the end of `text`; none if none is known.
+
+        A copy that reaches the end goes on with what it copied: text that goes in circles is guessed round after round.
+        """
         for n in sizes:
             end = self.ends.get(tuple(text[-n:])) if n <= len(text) else None
             if end is not None:
-                return text[end : end + length]
+                return [text[end + i % (len(text) - end)] for i in range(length)]
         return []
 
 
