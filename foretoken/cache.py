@@ -20,7 +20,6 @@ Count = list[int] | Tensor
 """Tokens of each row: on the host, or [B] int64 while a trace is made (`compiled.PlannedCache`)."""
 
 
-
 def plus(count: Count, more: int) -> Count:
     """So many more of each row."""
     return count + more if isinstance(count, Tensor) else [n + more for n in count]

@@ -1,8 +1,8 @@
 """A target whose steps are compiled: one program for every batch, width, tree and length.
 
 What the model does to the nodes of a draft is traced with a cache of slots that is written in place and attention by
-position (`kernels.cpp`). Prompts are read by the model itself. A node gets the same bits whatever stands beside it, so
-a compiled target says the same in every batch and tree even in bfloat16.
+position (`kernels.cpp`). Prompts are read by the model itself. A node gets the same bits whatever stands beside it and
+whatever the tree, even in bfloat16: after the same prompts, drafts change nothing.
 """
 
 import copy
@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from foretoken.advance import Advance, Terms, decided, is_plain
@@ -34,6 +35,10 @@ from foretoken.target import Read, Target
 from foretoken.tree import Draft
 
 ops: Any = torch.ops
+
+
+UNTRACED = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""What a configuration says that no trace depends on: models that differ in it alone share a program."""
 
 
 class PlannedLayer(CacheLayerMixin):
@@ -268,11 +273,20 @@ def recipe_for(target: Target, features: tuple[int, ...]) -> Recipe:
 
 
 def key_of(target: Target, features: tuple[int, ...]) -> tuple[object, ...]:
-    """All that the trace of a step depends on: the model's code and settings, its weights' shapes and types."""
-    model = target.model
-    config = json.dumps(target.config.to_dict(), sort_keys=True, default=str)
-    held = [(name, tuple(x.shape), x.dtype) for name, x in (*model.named_parameters(), *model.named_buffers())]
-    return ("step", type(model).__name__, config, held, features, transformers.__version__)
+    """All that the trace of a step depends on."""
+    return ("step", *described(target), features)
+
+
+def described(target: Target) -> tuple[object, ...]:
+    """The model's code and settings, and its weights' shapes and types."""
+    given = {k: v for k, v in target.config.to_dict().items() if k not in UNTRACED}
+    config = json.dumps(given, sort_keys=True, default=str)
+    return type(target.model).__name__, config, held(target.model), transformers.__version__
+
+
+def held(module: nn.Module) -> list[tuple[object, ...]]:
+    """Names, shapes and types of a module's weights."""
+    return [(name, tuple(x.shape), x.dtype) for name, x in (*module.named_parameters(), *module.named_buffers())]
 
 
 def in_background(target: Target, features: tuple[int, ...]) -> "subprocess.Popen[bytes]":
@@ -323,6 +337,8 @@ def require_compilable(target: Target) -> None:
     if target.dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise UserError(f"The model is in {target.dtype}, and steps are compiled in {names}; load it in one of them.")
+    if any(is_traceable_wrapper_subclass(weight) for weight in target.model.parameters()):
+        raise UserError("The model's weights are quantized, which is not compiled; load them as they were saved.")
     if not target.model._supports_attention_backend:  # pyright: ignore[reportPrivateUsage]
         raise UserError(
             f"{type(target.model).__name__} computes attention by itself, which cannot be compiled; decode it without."

@@ -171,7 +171,7 @@ class Rows:
 def fewer(count: Count, held: list[bool] | Tensor) -> Count:
     """One less where nothing is `held`, but never less than none."""
     if isinstance(count, Tensor):
-        return (count - ~torch.as_tensor(held)).clamp(min=0)
+        return (count - (~torch.as_tensor(held)).long()).clamp(min=0)
     return [max(0, n - (not old)) for n, old in zip(count, held, strict=True)]
 
 

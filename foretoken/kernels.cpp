@@ -8,6 +8,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -62,6 +63,7 @@ struct Kind<float> {
   static Vec spread(const float* p) { return Vec{} + *p; }
   static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
   static Vec values(const float* p) { return load<Vec>(p); }
+  static void put(float* p, Vec v) { std::memcpy(p, &v, 64); }
 };
 
 template <>
@@ -74,6 +76,7 @@ struct Kind<double> {
   static Vec spread(const double* p) { return Vec{} + *p; }
   static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
   static Vec values(const double* p) { return load<Vec>(p); }
+  static void put(double* p, Vec v) { std::memcpy(p, &v, 64); }
 };
 
 template <>
@@ -100,111 +103,13 @@ struct Kind<c10::BFloat16> {
     using Half = std::uint16_t __attribute__((vector_size(32)));
     return (Vec)(__builtin_convertvector(load<Half>(p), Words) << 16);
   }
+  static void put(c10::BFloat16* p, Vec v) {
+    using Half = std::uint16_t __attribute__((vector_size(32)));
+    const Words x = (Words)v, even = x + 0x7fffu + (x >> 16 & 1u);
+    const Half h = __builtin_convertvector((v == v ? even : Words{} + 0x7fc00000u) >> 16, Half);
+    std::memcpy(p, &h, 32);
+  }
 };
-
-// ---------------------------------------------------------------------------------------------------------- linear
-
-// Outputs of one block of weights: two vectors of lanes.
-template <class T>
-constexpr int64_t block_of() {
-  return 2 * Kind<T>::lanes;
-}
-
-// The cells of M rows x [M, K] as [K / pair, M]: what is multiplied at once lies together.
-template <class T>
-void interleave(const T* x, int64_t stride, int64_t M, int64_t K, T* out) {
-  constexpr int P = Kind<T>::pair;
-  for (int64_t m = 0; m < M; m++) {
-    const T* row = x + m * stride;
-    for (int64_t k = 0; k < K; k += P)
-      for (int p = 0; p < P; p++) out[(k / P * M + m) * P + p] = k + p < K ? row[k + p] : T(0);
-  }
-}
-
-// y [M, block] = x w^T for one block of packed weights.
-template <class T, int M>
-void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
-  using K = Kind<T>;
-  constexpr int P = K::pair, L = K::lanes;
-  typename K::Vec a[M] = {}, b[M] = {};
-  for (int64_t k = 0; k < cells; k++) {
-    const auto w0 = K::cells(w + 2 * k * L * P), w1 = K::cells(w + (2 * k + 1) * L * P);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-      const auto xm = K::spread(x + (k * M + m) * P);
-      a[m] = K::mac(a[m], w0, xm);
-      b[m] = K::mac(b[m], w1, xm);
-    }
-  }
-  for (int m = 0; m < M; m++) {
-    std::memcpy(y + 2 * m * L, &a[m], 64);
-    std::memcpy(y + (2 * m + 1) * L, &b[m], 64);
-  }
-}
-
-template <class T>
-using Tile = void (*)(const T*, const T*, int64_t, typename Kind<T>::Sum*);
-
-template <class T, int... M>
-Tile<T> tile_of(int rows, std::integer_sequence<int, M...>) {
-  static constexpr Tile<T> table[] = {tile<T, M + 1>...};
-  return table[rows - 1];
-}
-
-template <class T>
-void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
-  using Sum = typename Kind<T>::Sum;
-  constexpr int64_t P = Kind<T>::pair, BLOCK = block_of<T>();
-  const int64_t M = x.size(0), K = x.size(1), N = y.size(1), cells = (K + P - 1) / P;
-  const int64_t passes = (M + ROWS - 1) / ROWS;
-  const T *xs = x.const_data_ptr<T>(), *ws = packed.const_data_ptr<T>();
-  T* ys = y.data_ptr<T>();
-  at::parallel_for(0, (N + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<T> rows;
-    if (rows.size() < size_t(M * cells * P)) rows.resize(M * cells * P);
-    const auto first = [&](int64_t pass) { return M * pass / passes; };
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t m = first(pass);
-      interleave(xs + m * x.stride(0), x.stride(0), first(pass + 1) - m, K, rows.data() + m * cells * P);
-    }
-    alignas(64) Sum sums[ROWS * BLOCK];
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t n0 = block * BLOCK, width = std::min(BLOCK, N - n0);
-      for (int64_t pass = 0; pass < passes; pass++) {
-        const int64_t m0 = first(pass), count = first(pass + 1) - m0;
-        const auto work = tile_of<T>(int(count), std::make_integer_sequence<int, ROWS>{});
-        work(ws + block * cells * P * BLOCK, rows.data() + m0 * cells * P, cells, sums);
-        for (int64_t m = 0; m < count; m++)
-          for (int64_t n = 0; n < width; n++)
-            ys[(m0 + m) * N + n0 + n] = T(sums[m * BLOCK + n] + (bias ? Sum(bias[n0 + n]) : Sum(0)));
-      }
-    }
-  });
-}
-
-// ------------------------------------------------------------------------------------------------------- attention
-
-inline Floats exponential(Floats x) {
-  // Cephes' expf: 2^n times a polynomial of the remainder
-  const Floats low = Floats{} - 87.0f, magic = Floats{} + 12582912.0f;
-  x = x < low ? low : x;
-  const Floats n = (x * 1.44269504f + magic) - magic;
-  const Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
-  Floats y = Floats{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-  return y * (Floats)power;
-}
-
-inline Doubles exponential(Doubles x) {
-  for (int i = 0; i < 8; i++) x[i] = std::exp(x[i]);
-  return x;
-}
 
 template <class V, class Index>
 inline void swap_lanes(V& a, V& b, int step, int lanes) {
@@ -239,6 +144,134 @@ struct Squares<double> {
   using Vec = Doubles;
   using Index = Longs;
 };
+
+// ---------------------------------------------------------------------------------------------------------- linear
+
+// Most rows that are multiplied together: no more than a square of cells has.
+template <class T>
+constexpr int rows_of() {
+  return std::min(ROWS, Kind<T>::lanes);
+}
+
+// Outputs of one block of weights: two vectors of lanes.
+template <class T>
+constexpr int64_t block_of() {
+  return 2 * Kind<T>::lanes;
+}
+
+// The cells of M rows x [M, K] as [K / pair, M]: what is multiplied at once lies together. Writes a square beyond it.
+template <class T>
+void interleave(const T* x, int64_t stride, int64_t M, int64_t K, T* out) {
+  using V = typename Squares<T>::Vec;
+  constexpr int P = Kind<T>::pair, L = Kind<T>::lanes;
+  for (int64_t k = 0; k < K; k += L * P) {
+    V part[L] = {};
+    for (int64_t m = 0; m < M; m++) {
+      if (k + L * P <= K) part[m] = load<V>(x + m * stride + k);
+      else std::memcpy(&part[m], x + m * stride + k, sizeof(T) * (K - k));
+    }
+    if (M > 1) turn<L, V, typename Squares<T>::Index>(part);
+    if (M == 1) std::memcpy(out + k, part, 64);
+    else for (int c = 0; c < L; c++) std::memcpy(out + (k / P + c) * M * P, &part[c], 64);
+  }
+}
+
+// y [M, block] = x w^T for one block of packed weights.
+template <class T, int M>
+void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
+  using K = Kind<T>;
+  constexpr int P = K::pair, L = K::lanes;
+  typename K::Vec a[M] = {}, b[M] = {};
+  for (int64_t k = 0; k < cells; k++) {
+    const auto w0 = K::cells(w + 2 * k * L * P), w1 = K::cells(w + (2 * k + 1) * L * P);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      const auto xm = K::spread(x + (k * M + m) * P);
+      a[m] = K::mac(a[m], w0, xm);
+      b[m] = K::mac(b[m], w1, xm);
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    std::memcpy(y + 2 * m * L, &a[m], 64);
+    std::memcpy(y + (2 * m + 1) * L, &b[m], 64);
+  }
+}
+
+template <class T>
+using Tile = void (*)(const T*, const T*, int64_t, typename Kind<T>::Sum*);
+
+template <class T, int... M>
+Tile<T> tile_of(int rows, std::integer_sequence<int, M...>) {
+  static constexpr Tile<T> table[] = {tile<T, M + 1>...};
+  return table[rows - 1];
+}
+
+// y = sums + bias, `width` of a block's.
+template <class T>
+inline void give(const typename Kind<T>::Sum* sums, const T* bias, int64_t width, T* y) {
+  using K = Kind<T>;
+  int64_t n = 0;
+  for (; n + K::lanes <= width; n += K::lanes) {
+    const auto sum = load<typename K::Vec>(sums + n);
+    K::put(y + n, bias ? sum + K::values(bias + n) : sum);
+  }
+  for (; n < width; n++) y[n] = T(sums[n] + (bias ? typename K::Sum(bias[n]) : typename K::Sum(0)));
+}
+
+template <class T>
+void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
+  using Sum = typename Kind<T>::Sum;
+  constexpr int64_t P = Kind<T>::pair, BLOCK = block_of<T>();
+  const int64_t M = x.size(0), K = x.size(1), N = y.size(1), cells = (K + P - 1) / P;
+  const int64_t passes = (M + rows_of<T>() - 1) / rows_of<T>();
+  const T *xs = x.const_data_ptr<T>(), *ws = packed.const_data_ptr<T>();
+  T* ys = y.data_ptr<T>();
+  at::parallel_for(0, (N + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<T> rows;
+    const int64_t square = 16 * 16 * P;
+    if (rows.size() < size_t(M * (cells + 16) * P + square)) rows.resize(M * (cells + 16) * P + square);
+    const auto first = [&](int64_t pass) { return M * pass / passes; };
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t m = first(pass);
+      interleave(xs + m * x.stride(0), x.stride(0), first(pass + 1) - m, K, rows.data() + m * cells * P);
+    }
+    alignas(64) Sum sums[rows_of<T>() * BLOCK];
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t n0 = block * BLOCK, width = std::min(BLOCK, N - n0);
+      for (int64_t pass = 0; pass < passes; pass++) {
+        const int64_t m0 = first(pass), count = first(pass + 1) - m0;
+        const auto work = tile_of<T>(int(count), std::make_integer_sequence<int, rows_of<T>()>{});
+        work(ws + block * cells * P * BLOCK, rows.data() + m0 * cells * P, cells, sums);
+        for (int64_t m = 0; m < count; m++)
+          give(sums + m * BLOCK, bias ? bias + n0 : nullptr, width, ys + (m0 + m) * N + n0);
+      }
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------- attention
+
+inline Floats exponential(Floats x) {
+  // Cephes' expf: 2^n times a polynomial of the remainder
+  const Floats low = Floats{} - 87.0f, magic = Floats{} + 12582912.0f;
+  x = x < low ? low : x;
+  const Floats n = (x * 1.44269504f + magic) - magic;
+  const Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  Floats y = Floats{} + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return y * (Floats)power;
+}
+
+inline Doubles exponential(Doubles x) {
+  for (int i = 0; i < 8; i++) x[i] = std::exp(x[i]);
+  return x;
+}
 
 // The heads of one layer that share keys, and what their queries see.
 template <class T>
@@ -374,6 +407,24 @@ void gather_all(const Head<T>& h, int64_t begin, int64_t end, const typename Kin
     gather(h, h.values + h.slot(p) * h.value_stride, weight + (p - begin), stride, 0, Q, sums);
 }
 
+// The largest of scores [begin, end).
+template <class T>
+typename Kind<T>::Sum highest(const typename Kind<T>::Sum* scores, int64_t begin, int64_t end) {
+  using K = Kind<T>;
+  auto top = -std::numeric_limits<typename K::Sum>::infinity();
+  int64_t p = begin;
+  if (begin + K::lanes <= end) {
+    auto tops = load<typename K::Vec>(scores + p);
+    for (p += K::lanes; p + K::lanes <= end; p += K::lanes) {
+      const auto s = load<typename K::Vec>(scores + p);
+      tops = s > tops ? s : tops;
+    }
+    for (int i = 0; i < K::lanes; i++) top = std::max(top, tops[i]);
+  }
+  for (; p < end; p++) top = std::max(top, scores[p]);
+  return top;
+}
+
 // Weights in place of scores [begin, end); returns their sum. `top` is the largest score.
 template <class T>
 typename Kind<T>::Sum soften(typename Kind<T>::Sum* scores, int64_t begin, int64_t end,
@@ -382,8 +433,9 @@ typename Kind<T>::Sum soften(typename Kind<T>::Sum* scores, int64_t begin, int64
   typename K::Vec total = {};
   for (int64_t p = begin / K::lanes * K::lanes; p < end; p += K::lanes) {
     auto s = exponential(load<typename K::Vec>(scores + p) - top);
-    for (int i = 0; i < K::lanes; i++)
-      if (p + i < begin || p + i >= end) s[i] = 0;
+    if (p < begin || p + K::lanes > end)
+      for (int i = 0; i < K::lanes; i++)
+        if (p + i < begin || p + i >= end) s[i] = 0;
     std::memcpy(scores + p, &s, 64);
     total += s;
   }
@@ -446,8 +498,7 @@ void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T
     Sum* s = scores + q * stride;
     for (int64_t p = std::max(low, h.length); p < end; p++)
       s[p - low] = room.branch[q * padded + room.path[n * h.M + p - h.length]];
-    Sum top = -std::numeric_limits<Sum>::infinity();
-    for (int64_t p = begin; p < end; p++) top = std::max(top, s[p - low]);
+    const Sum top = begin < end ? highest<T>(s, begin - low, end - low) : -std::numeric_limits<Sum>::infinity();
     tops[q] = top;
     totals[q] = begin < end ? soften<T>(s, begin - low, end - low, top) : Sum(0);
     // positions outside weigh nothing
@@ -518,7 +569,8 @@ void attend_all(const Tensor& query, const Tensor& keys, const Tensor& values, c
         for (int64_t e = 0; e < E; e++) mixed[e] += weight * from[q * E + e];
       }
       T* to = result + ((b * N + q / G) * H + head) * E;
-      for (int64_t e = 0; e < E; e++) to[e] = T(mixed[e] / total);
+      for (int64_t e = 0; e < E; e++) mixed[e] /= total;
+      give<T>(mixed.data(), nullptr, E, to);
     }
   });
 }
@@ -725,7 +777,8 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
 // [B, N] what is emitted at `position` [B, N] under values [B, N, V], temperature [B] float32 and noise of `key` [B].
 Tensor race(const Tensor& values, const Tensor& temperature, const Tensor& key, const Tensor& position) {
   const int64_t B = values.size(0), N = values.size(1), V = values.size(2);
-  const Tensor v = values.contiguous(), p = position.contiguous(), t = temperature.contiguous(), k = key.contiguous();
+  const Tensor v = values.contiguous(), p = position.contiguous(), t = temperature.contiguous();
+  const Tensor k = key.contiguous();
   Tensor out = at::empty({B, N}, position.options());
   int64_t* to = out.data_ptr<int64_t>();
   by_type(v, [&](auto zero) {
@@ -760,13 +813,18 @@ void move(at::TensorList stores, const Tensor& path, const Tensor& length, const
   }
 }
 
-TORCH_LIBRARY(foretoken, m) {
-  m.def("pack(Tensor weight) -> Tensor");
-  m.def("linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
-  m.def("write(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor slot) -> ()");
-  m.def("race(Tensor values, Tensor temperature, Tensor key, Tensor position) -> Tensor");
-  m.def("move(Tensor(a!)[] stores, Tensor path, Tensor length, Tensor count) -> ()");
-  m.def("attend(Tensor query, Tensor keys, Tensor values, Tensor plan, float scale, float cap, Tensor? sinks) -> Tensor");
+TORCH_LIBRARY_FRAGMENT(foretoken, m) {
+  const auto define = [&](const std::string& name, const std::string& signature) {
+    // where there is a GPU, `operators.py` may have said so before
+    if (!c10::Dispatcher::singleton().findSchema({"foretoken::" + name, ""})) m.def((name + signature).c_str());
+  };
+  define("pack", "(Tensor weight) -> Tensor");
+  define("linear", "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+  define("write", "(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor slot) -> ()");
+  define("attend", "(Tensor query, Tensor keys, Tensor values, Tensor plan, float scale, float cap, Tensor? sinks)"
+                   " -> Tensor");
+  define("race", "(Tensor values, Tensor temperature, Tensor key, Tensor position) -> Tensor");
+  define("move", "(Tensor(a!)[] stores, Tensor path, Tensor length, Tensor count) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(foretoken, CPU, m) {

@@ -39,7 +39,7 @@ def load_kernels() -> None:
             build(path)
     torch.ops.load_library(str(path))
     for name, like in SHAPES.items():
-        torch.library.register_fake(f"foretoken::{name}", like)
+        torch.library.register_fake(f"foretoken::{name}", like, allow_override=True)
 
 
 @lru_cache(maxsize=1)

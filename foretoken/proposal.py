@@ -5,22 +5,20 @@ is left to the drafter as it is: prompts, guesses drawn from its law for rejecti
 the guesses.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.export import Dim
 
 from foretoken.cache import SlotCache
-from foretoken.compiled import CompiledTarget, PlannedCache, traceable, unshared
+from foretoken.compiled import CompiledTarget, PlannedCache, described, held, traceable, unshared
 from foretoken.drafter import Feed, Needs
 from foretoken.noise import Noise
 from foretoken.plan import Guesser, Plan
-from foretoken.program import Program, Recipe, program
+from foretoken.program import Program, Recipe, is_there, program
 from foretoken.sampling import Sampler, Sampling
 from foretoken.target import Target
 from foretoken.tree import Draft, chain
@@ -100,12 +98,16 @@ def caches_of(state: Any) -> list[SlotCache]:
 
 
 class CompiledDrafter:
-    """A drafter of a compiled target. Its proposals are compiled where a trace can hold them."""
+    """A drafter of a compiled target. Its proposals are compiled where a trace can hold them.
+
+    Such guesses do not see a request's bias and truncation, nor how little may still be emitted; no output changes.
+    """
 
     def __init__(self, drafter: Guesser, target: CompiledTarget) -> None:
         self.drafter, self.target = drafter, target
         self.plan: Plan = drafter.plan
         self.programs: dict[float, Program] = {}
+        self.absent: set[float] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["drafter"], name)
@@ -123,8 +125,9 @@ class CompiledDrafter:
         short = all(c.stores and c.longest + M + self.plan.slots <= c.capacity for c in caches)
         if feed.samples or self.plan.worth is not None or self.plan.shape.stop > 0 or M > LONG or not short:
             return self.drafter.propose(feed, state)  # pyright: ignore
-        heat = self.heat(feed.sampler)
-        work = self.programs.get(heat) or self.compile(heat, feed)
+        work = self.work(self.heat(feed.sampler), feed)
+        if work is None:
+            return self.drafter.propose(feed, state)  # pyright: ignore
         features = feed.root.new_zeros(feed.batch, M, 0) if feed.features is None else feed.features
         carry = getattr(state, "carry", feed.root.new_zeros(feed.batch, 0, 0))
         fixed = (feed.tokens, torch.tensor(feed.count), features, feed.root, feed.length)
@@ -157,27 +160,42 @@ class CompiledDrafter:
             return 0.0
         return max(1e-3, min(trees, key=lambda t: abs(t - hottest))) if trees else 1.0
 
-    def compile(self, heat: float, feed: Feed) -> Program:
-        """The program for draws of this kind."""
-        recipe = recipe_for(self.drafter, self.target, Sampling(temperature=heat), feed)
-        self.programs[heat] = program(recipe, self.target.progress, inductor=self.target.inductor)
-        return self.programs[heat]
+    def work(self, heat: float, feed: Feed) -> Program | None:
+        """The program for draws of this kind, compiled now if sessions wait for that; None if there is none."""
+        if heat not in self.programs and heat not in self.absent:
+            key = key_of(self.drafter, self.target, heat)
+            if not self.target.programs or not (self.target.wait or is_there(key)):
+                self.absent.add(heat)
+                return None
+            recipe = recipe_for(self.drafter, self.target, key, heat, feed)
+            self.programs[heat] = program(recipe, self.target.progress, inductor=self.target.inductor)
+        return self.programs.get(heat)
 
 
-def recipe_for(drafter: Any, target: CompiledTarget, settings: Sampling, feed: Feed) -> Recipe:
+def key_of(drafter: Any, target: CompiledTarget, heat: float) -> tuple[object, ...]:
+    """All that the trace of a proposal depends on."""
+    plan: Plan = drafter.plan
+    network: Any = drafter.model if hasattr(drafter, "model") else drafter.heads
+    own = described(network) if isinstance(network, Target) else (repr(network.architecture), held(network))
+    how = (type(drafter).__name__, plan.shape, sorted(plan.trees.items()), plan.candidates, heat)
+    return ("proposal", *how, *own, *described(target.eager))
+
+
+def recipe_for(drafter: Any, target: CompiledTarget, key: tuple[object, ...], heat: float, feed: Feed) -> Recipe:
     """How the drafter's proposal is compiled; `feed` shows how large its parts are."""
     known: dict[int, Any] = {}
+    settings = Sampling(temperature=heat)
     twin = traceable(target.eager, known)
     made, modules = twin_of(drafter, twin, known)
     B, M, capacity = 2, 3, 48
     size = 0 if feed.features is None else feed.features.shape[2]
     features = torch.zeros(B, M, size, dtype=target.dtype)
     tokens, root = torch.zeros(B, M, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
-    length, key = torch.full((B,), M), torch.zeros(B, dtype=torch.int64)
+    length, noise = torch.full((B,), M), torch.zeros(B, dtype=torch.int64)
     with torch.inference_mode(False), torch.no_grad():
         proposal = Proposal(made, modules, settings, target.vocab)
         state = made.start(B, capacity)
-        sampler = Sampler([settings] * B, Noise(key), target.vocab)
+        sampler = Sampler([settings] * B, Noise(noise), target.vocab)
         given = None if feed.features is None else features
         first = Feed(tokens, [M] * B, given, root, length, [], 1 << 20, sampler, False, tokens, root, feed.cache)
         draft = made.propose(
@@ -190,20 +208,10 @@ def recipe_for(drafter: Any, target: CompiledTarget, settings: Sampling, feed: F
     stores = [[torch.zeros_like(s) for s in cache.stores] for cache in caches]
     by_cache = [[{0: batch, 2: slots if w is None else ring} for w in c.windows for _ in range(2)] for c in caches]
     carry = getattr(state, "carry", torch.zeros(B, 0, 0, dtype=torch.int64))
-    args = (tokens, torch.tensor([M, 2]), features, root, length, key, torch.ones(B, 1, 1), carry)
+    args = (tokens, torch.tensor([M, 2]), features, root, length, noise, torch.ones(B, 1, 1), carry)
     row, rows = {0: batch}, {0: batch, 1: read}
     dynamic = (rows, row, rows, row, row, row, row, row, [row for _ in caches], by_cache)
-    name = (
-        type(drafter).__name__,
-        describe(drafter),
-        drafter.plan.shape,
-        drafter.plan.trees,
-        drafter.plan.candidates,
-        settings.temperature,
-    )
-    config = json.dumps(target.config.to_dict(), sort_keys=True, default=str)
-    full = ("proposal", *name, config, target.dtype, size, transformers.__version__)
-    return Recipe(full, proposal.eval(), (*args, [c.length for c in caches], stores), dynamic, facts)
+    return Recipe(key, proposal.eval(), (*args, [c.length for c in caches], stores), dynamic, facts)
 
 
 def twin_of(drafter: Any, target: Target, known: dict[int, Any]) -> tuple[Any, list[nn.Module]]:
@@ -213,10 +221,3 @@ def twin_of(drafter: Any, target: Target, known: dict[int, Any]) -> tuple[Any, l
         return type(drafter)(model, drafter.plan), [model.model]
     heads = unshared(drafter.heads, known)
     return type(drafter)(target, heads, drafter.plan), [target.model, heads]
-
-
-def describe(drafter: Any) -> str:
-    """What the drafter's network looks like, in words."""
-    if hasattr(drafter, "model"):
-        return json.dumps(drafter.model.config.to_dict(), sort_keys=True, default=str)
-    return f"{drafter.heads.architecture} {[(n, tuple(p.shape)) for n, p in drafter.heads.named_parameters()]}"

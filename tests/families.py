@@ -225,7 +225,7 @@ def refusal(name: str, folder: Path) -> str:
 
 
 def supported_row(name: str, report: Report) -> list[str]:
-    """Family, class, layers, trees, ragged batch, difference."""
+    """Family, class, layers, trees, ragged batch, compiled, difference."""
     agrees = {part: "yes" if found.agrees else "no" for part, found in report.parts.items()}
     return [
         name,
@@ -233,6 +233,7 @@ def supported_row(name: str, report: Report) -> list[str]:
         layers_text(report.windows),
         agrees.get("tree", "no"),
         agrees.get("ragged batch", "no"),
+        "no" if name in SELF_ATTENTION else "yes",
         f"{report.difference:.0e}",
     ]
 
@@ -250,7 +251,8 @@ This page is written by `python -m tests.families docs/models.md`, from tiny ran
 ## Supported
 
 The difference is the largest of any logit, over the spread (standard deviation) of the logits, in float64. Around 1e-15
-is float64's own rounding; from 1e-7 on, the family computes some part in float32 whatever its dtype.
+is float64's own rounding; from 1e-7 on, the family computes some part in float32 whatever its dtype. “Compiled” is
+whether its step can be ([compiling](compiling.md)); the others compute attention by themselves.
 """
 
 NOTES = """
@@ -274,7 +276,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def page(reports: dict[str, Report]) -> str:
     """The text of docs/models.md."""
-    head = ["family", "transformers class", "attention", "trees", "ragged batch", "largest difference"]
+    head = ["family", "transformers class", "attention", "trees", "ragged batch", "compiled", "largest difference"]
     supported = table(head, [supported_row(name, report) for name, report in reports.items()])
     with tempfile.TemporaryDirectory() as folder:
         refused = table(["family", "what `load` says"], [[name, refusal(name, Path(folder))] for name in REFUSED])

@@ -259,7 +259,7 @@ def test_the_page_is_up_to_date():
 
 
 def without_numbers(text: str) -> list[str]:
-    return [line.rsplit("|", 2)[0] if line.count("|") == 7 else line for line in text.splitlines()]
+    return [line.rsplit("|", 2)[0] if line.count("|") == 8 else line for line in text.splitlines()]
 
 
 def test_table():

@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from foretoken import kernels
 from foretoken.errors import UserError
-from foretoken.tree import tree
+from foretoken.noise import Noise
+from foretoken.sampling import Scores
+from foretoken.tree import chain, tree
 
 ops: Any = torch.ops.foretoken
 DTYPES = {torch.float32: 2e-5, torch.float64: 1e-13, torch.bfloat16: 2e-2}
@@ -217,3 +219,36 @@ def test_without_a_compiler_the_user_is_told(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"false cannot build the kernels \(no message\); set CXX to g\+\+ 11 or newer"):
         kernels.build(tmp_path / "kernels.so")
     assert not (tmp_path / "kernels.so").exists()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [17, 80, 4096])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
+def test_race_is_what_scores_emit(temperature: float, vocab: int, dtype: torch.dtype):
+    """The rough look at every token loses no winner; a row at temperature 0 beside sampled ones is greedy."""
+    B, N = 3, 24
+    values = (2.5 * torch.randn(B, N, vocab, generator=torch.Generator().manual_seed(vocab))).to(dtype)
+    noise = Noise.of([1, 2, 3], [4, 5, 6], torch.device("cpu"))
+    draft, position = chain(torch.zeros(B, N, dtype=torch.int64)), torch.tensor([3, 77, 900])
+    heat = torch.tensor([temperature, temperature, 0.0])
+    wide = values.float() if dtype == torch.bfloat16 else values
+    want = Scores(draft, wide, heat[:, None, None], noise, position, temperature > 0).emitted
+    got = ops.race(values, heat, noise.key, position[:, None] + torch.arange(N))
+    assert torch.equal(got, want)
+    assert torch.equal(got[2], wide[2].argmax(-1))
+
+
+def test_move_is_a_commit():
+    """Paths of ragged rows in a table, round the ring, as `SlotCache.commit` moves them."""
+    draw = torch.Generator().manual_seed(1)
+    stores = [torch.randn(3, 2, 10, size, generator=draw) for size in (4, 6)]
+    path, length = torch.tensor([[0, 2, 5], [0, 1, 3], [0, 4, 5]]), torch.tensor([7, 2, 3])
+    table = torch.tensor([[0, 3], [0, 2], [0, 0]])  # the counts are a column, as in `advance.Advance`
+    want = [store.clone() for store in stores]
+    for store, before in zip(want, stores, strict=True):
+        for b, count in enumerate([3, 2, 0]):
+            for i in range(count):
+                store[b, :, (int(length[b]) + i) % 10] = before[b, :, (int(length[b]) + int(path[b, i])) % 10]
+    ops.move(stores, path, length, table[:, 1])
+    for got, expected in zip(stores, want, strict=True):
+        assert torch.equal(got, expected)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from foretoken.kernels import folder, load_kernels
+
 ROOT = Path(__file__).parents[1]
 PATCHES = sorted((ROOT / "tests" / "mutations").glob("*.patch"))
 
@@ -29,6 +31,8 @@ def copy(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "foretoken" / "assets").symlink_to(ROOT / "foretoken" / "assets")
+    load_kernels()
+    shutil.copytree(folder() / "kernels", tmp_path / "cache" / "kernels", ignore=shutil.ignore_patterns("*.lock"))
     return tmp_path
 
 
@@ -42,6 +46,7 @@ def apply(patch: Path, where: Path) -> str:
 def run(tests: list[str], where: Path) -> subprocess.CompletedProcess[str]:
     """Run tests in a copy, which imports the package beside them and not the installed one."""
     environment = os.environ | {"PYTHONPATH": str(where), "OMP_NUM_THREADS": "1", "CI": "1"}
+    environment["FORETOKEN_CACHE"] = str(where / "cache")  # broken kernels are nobody else's
     found = subprocess.run(
         [sys.executable, "-c", "import foretoken; print(foretoken.__file__)"],
         cwd=where,
@@ -57,7 +62,8 @@ def run(tests: list[str], where: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
 def test_every_patch_still_applies_and_names_tests_that_exist(patch, copy):
-    before = {p: p.read_text() for p in (copy / "foretoken").rglob("*.py")}
+    files = [p for kind in ("*.py", "*.cpp") for p in (copy / "foretoken").rglob(kind)]
+    before = {p: p.read_text() for p in files}
     assert apply(patch, copy) == ""
     assert sum(p.read_text() != text for p, text in before.items()) == 1
     for test in names(patch):

@@ -106,7 +106,7 @@ class Tuner:
             raise UserError("The texts end at once, so nothing can be measured; give other prompts.")
         context = mean(len(r.tokens) for g in groups for r in g) + new // 2
         sizes = sorted({*(1 << n for n in range(batch.bit_length())), batch})
-        self.forwards = {size: measure(target, size, context=int(context)) for size in sizes}
+        self.forwards = {size: measure(target.settled(), size, context=int(context)) for size in sizes}
         self.rest, _ = rest_of(self.watch(self.plain, CORNER))
 
     def watch(self, drafter: Drafter, new: int | None = None, most: int = 2) -> list[Watch]:

@@ -1,0 +1,176 @@
+"""A compiled step says what the eager one says: in every family, with every drafter, in every batch.
+
+Here steps are traced and run operator by operator; `test_programs.py` has the bits of what inductor made.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+import foretoken
+from foretoken.compiled import CompiledTarget
+from foretoken.errors import UserError
+from foretoken.target import UNNORMED, Target
+from foretoken.tree import Draft, tree
+from tests.families import SELF_ATTENTION, SUPPORTED, VOCAB, make
+from tests.test_equality import (
+    ALIKE,
+    DRAFTERS,
+    DTYPES,
+    TEMPERATURES,
+    assert_context,
+    assert_ends,
+    assert_mixed_requests,
+    assert_neighbours,
+    assert_prefix_settings,
+    family,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute .*inv_freq:UserWarning")
+"""Rotary tables that change with the length of the text are set again, to what they are, within the context."""
+
+COMPILABLE = [name for name in SUPPORTED if name not in SELF_ATTENTION]
+LENGTHS = [100, 41, 3]
+PARENTS = [[-1, 0, 0, 2, 1, 1], [-1, 0, 1, 2, 3, 4], [-1, 0, 0, 0, 3, 3]]
+
+
+@cache
+def compiled(name: str, dtype: str) -> tuple[Target, Target]:
+    """The targets of `family`, the first one traced."""
+    target, draft = family(name, dtype)
+    return CompiledTarget(target, inductor=False), draft
+
+
+def filled(seed: int) -> tuple[torch.Tensor, Draft]:
+    """Three prompts [3, 100] and a tree of six nodes behind each."""
+    draw = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(VOCAB, (len(LENGTHS), max(LENGTHS)), generator=draw)
+    return prompts, tree(torch.randint(VOCAB, (3, 6), generator=draw), torch.tensor(PARENTS))
+
+
+@pytest.mark.parametrize("name", COMPILABLE)
+def test_every_family_says_what_the_eager_model_says(name: str):
+    """Logits, features and cache of a ragged batch of trees, past a window and round its ring, then of a second one."""
+    target = make(name)
+    step, features = CompiledTarget(target, inductor=False).settled((0, 1, -1)), (0, 1, -1)
+    assert isinstance(step, CompiledTarget)
+    tolerance = 1e-5 if name == "gemma2" else 1e-9  # its eager attention takes softmax in float32
+    prompts, draft = filled(3)
+    with torch.inference_mode():
+        mine, theirs = target.cache(3, 256, 6), target.cache(3, 256, 6)
+        for cache_ in (mine, theirs):
+            target.read(prompts, LENGTHS, cache_)
+        before = [x.clone() for x in mine.stores]
+        for _ in range(2):
+            got, want = step.judge(draft, mine, features), target.judge(draft, theirs, features)
+            assert got.features is not None and want.features is not None
+            assert (got.logits - want.logits).abs().max() <= tolerance * want.logits.std()
+            assert (got.features - want.features).abs().max() <= tolerance * want.features.std()
+            for a, b in zip(mine.stores, theirs.stores, strict=True):
+                assert (a - b).abs().max() <= tolerance * b.std()
+            path = torch.tensor([[0, 2, 3], [0, 1, 2], [0, 3, 4]])
+            mine.commit(path, [3, 2, 1])
+            theirs.commit(path, [3, 2, 1])
+        assert any((a != b).any() for a, b in zip(before, mine.stores, strict=True))  # nodes were written
+
+
+@pytest.mark.parametrize("name", SELF_ATTENTION)
+def test_models_that_attend_by_themselves_are_refused(name: str):
+    with pytest.raises(UserError, match=r"^\w+ForCausalLM computes attention by itself, which cannot be compiled; "):
+        CompiledTarget(make(name))
+
+
+def test_other_dtypes_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch):
+    target = make("llama")
+    with pytest.raises(UserError, match=r"is in torch.float16, and steps are compiled in float32, float64, bfloat16;"):
+        CompiledTarget(make("llama", torch.float16))
+    monkeypatch.setattr(Target, "device", torch.device("cuda"))
+    with pytest.raises(UserError, match="is on cuda, and steps are compiled for processors"):
+        CompiledTarget(target)
+
+
+def test_the_state_before_the_final_norm():
+    target = make("llama")
+    step, (prompts, draft) = CompiledTarget(target, inductor=False).settled((UNNORMED,)), filled(4)
+    with torch.inference_mode():
+        mine, theirs = target.cache(3, 256, 6), target.cache(3, 256, 6)
+        for cache_ in (mine, theirs):
+            target.read(prompts, LENGTHS, cache_)
+        got, want = step.judge(draft, mine, (UNNORMED,)), target.judge(draft, theirs, (UNNORMED,))
+        plain = target.judge(draft, theirs, (-1,))
+    assert got.features is not None and want.features is not None and plain.features is not None
+    assert (got.features - want.features).abs().max() <= 1e-9 * want.features.std()
+    assert (got.features - plain.features).abs().max() > 1e-2
+
+
+def test_no_more_nodes_than_slots():
+    step = CompiledTarget(make("llama"), inductor=False).settled()
+    with torch.inference_mode():
+        full = step.cache(1, 8, 6)
+        step.read(torch.ones(1, 5, dtype=torch.int64), [5], full)
+        with pytest.raises(UserError, match="The cache holds 8 tokens and 9 are needed"):
+            step.judge(tree(torch.ones(1, 4, dtype=torch.int64), torch.tensor([[-1, 0, 0, 1]])), full)
+
+
+# The project's equality tests, compiled
+
+FEW = {"llama": "float32", "gemma3": "float64", "deepseek_v3": "float32"}
+"""Families tried with most drafters, in one dtype each: grouped heads, windows of some layers, keys and values of other
+sizes with experts."""
+
+TRACED = tuple(key for key, (name, _) in DRAFTERS.items() if name == "draft_model" or key == "hybrid_chain")
+"""Drafters that are traced themselves, which takes seconds: not slow once, and slow in every other place."""
+QUICK = [pytest.param(key, marks=pytest.mark.slow if key in TRACED else ()) for key in DRAFTERS]
+SOME = ("none", "lookahead", "mtp_tree", "adaptive_eagle")
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_families(name: str):
+    keys = [key for key in DRAFTERS if key not in ALIKE + TRACED or (name, key) == ("llama", "draft_tree")]
+    assert_mixed_requests(name, FEW[name], *compiled(name, FEW[name]), keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", COMPILABLE)
+def test_all_families(name: str, dtype: str):
+    assert_mixed_requests(name, dtype, *compiled(name, dtype), [*DRAFTERS])
+
+
+@pytest.mark.parametrize("key", QUICK)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+def test_penalties_warpers_and_processors(key: str, dtype: str):
+    assert_prefix_settings(key, *compiled("llama", dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("key", DRAFTERS)
+def test_end_tokens_and_lengths(key: str, temperature: float):
+    assert_ends(key, temperature, *compiled("llama", "float64"))
+
+
+@pytest.mark.parametrize("key", QUICK)
+def test_rows_join_and_leave(key: str):
+    assert_neighbours(key, *compiled("mistral", "float64"))
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=() if key in SOME else pytest.mark.slow) for key in DRAFTERS])
+def test_the_context_ends_the_output(key: str):
+    assert_context(key, *compiled("opt", "float64"))
+
+
+def test_the_compiled_step_is_what_decodes(monkeypatch: pytest.MonkeyPatch):
+    """Equality of outputs says nothing if sessions fell back to the eager step."""
+    target = compiled("llama", "float64")[0]
+    assert isinstance(target, CompiledTarget)
+    eager = target.eager
+
+    def judged(*args: object) -> None:
+        raise AssertionError("judged eagerly")
+
+    monkeypatch.setattr(Target, "judge", judged)
+    with pytest.raises(AssertionError, match="judged eagerly"):
+        foretoken.generate(eager, [5, 17, 3], drafter="lookahead", max_new_tokens=8)
+    assert len(foretoken.generate(target, [5, 17, 3], drafter="lookahead", max_new_tokens=8).token_ids) == 8
