@@ -16,6 +16,7 @@ from foretoken.drafter import Drafter
 from foretoken.drafters import make_drafter, settled
 from foretoken.errors import UserError
 from foretoken.generation import Output, Piece, generate, stream, tokenize
+from foretoken.graphs import GraphedTarget
 from foretoken.loading import load
 from foretoken.page import Answer, write_page
 from foretoken.progress import batch_progress, progress
@@ -96,7 +97,11 @@ class Ask:
             "device": str(target.device),
             **({"attention": self.attention} if self.attention else {}),
             **({"quantized": self.quantize} if self.quantize else {}),
-            **({"compiled": str(isinstance(target.settled(), CompiledTarget)).lower()} if self.compile else {}),
+            **(
+                {"compiled": str(isinstance(target.settled(), CompiledTarget | GraphedTarget)).lower()}
+                if self.compile
+                else {}
+            ),
             "versions": ", ".join(f"{name} {version(name)}" for name in ("foretoken", "torch", "transformers")),
         }
 

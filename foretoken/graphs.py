@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from foretoken.advance import Advance, advance, is_plain
 from foretoken.arena import Arena, Shape
 from foretoken.cache import SlotCache
-from foretoken.compiled import PlannedCache, traceable
+from foretoken.compiled import CompiledTarget, PlannedCache, traceable
 from foretoken.errors import UserError, unknown
 from foretoken.operators import provide
+from foretoken.program import Progress
 from foretoken.rules import Rule
 from foretoken.sampling import Sampler
 from foretoken.target import Read, Target
@@ -283,3 +284,10 @@ def require_graphs(target: Target) -> None:
             f"{type(model).__name__} asks how long the text is in every forward, which cannot be recorded as a graph; "
             "decode without."
         )
+
+
+def quickened(target: Target, *, wait: bool = True, progress: Progress | None = None) -> Target:
+    """The target with its step compiled for a processor, or recorded on a GPU; see `CompiledTarget`."""
+    if target.device.type == "cuda":
+        return GraphedTarget(target)
+    return CompiledTarget(target, wait=wait, progress=progress)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foretoken import operators
+import foretoken.operators as operators
 
 if TYPE_CHECKING:
     from builtins import int as constexpr

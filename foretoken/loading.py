@@ -24,8 +24,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from foretoken.attention import adopt
-from foretoken.compiled import CompiledTarget
 from foretoken.errors import UserError, unknown
+from foretoken.graphs import quickened
 from foretoken.program import Progress
 from foretoken.quantize import quantized, require_quantizable
 from foretoken.target import TREE_ATTENTION, Target, layer_windows, model_class_of
@@ -65,7 +65,7 @@ def load(
     device     cuda if there is one, else cpu, if None
     attention  transformers' attention implementation ("sdpa", "eager"); ours in place of "sdpa", if None
     quantize   "int8": weights rounded to 8 bits by torchao, which is another model and says so in its name
-    compile    compile the step for this processor; `wait` and `progress` are those of `CompiledTarget`
+    compile    compile the step for this processor, or record it on a GPU; `wait`, `progress` as in `CompiledTarget`
 
     `UserError` if there is no model, the model cannot branch (decided before weights load), weights are missing or
     cut short, or the step cannot be compiled.
@@ -83,7 +83,7 @@ def load(
     if quantize is not None:
         quantized(model, quantize)
     target = Target(model, read_tokenizer(name, config))
-    return CompiledTarget(target, wait=wait, progress=progress) if compile else target
+    return quickened(target, wait=wait, progress=progress) if compile else target
 
 
 def load_model(

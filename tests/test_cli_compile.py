@@ -32,7 +32,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[CompiledTarget]:
             super().__init__(*args, **settings, inductor=False)
             found.append(self)
 
-    monkeypatch.setattr("foretoken.loading.CompiledTarget", Traced)
+    monkeypatch.setattr("foretoken.graphs.CompiledTarget", Traced)
     return found
 
 

@@ -23,9 +23,9 @@ from foretoken.bench.predict import forward, predicted, running
 from foretoken.bench.rows import EVERY, FILE, PLAIN, Cost, Results, Run, Skip, Writer, read
 from foretoken.bench.taken import rows_of
 from foretoken.bench.tasks import Prompt, prompts
-from foretoken.compiled import CompiledTarget
 from foretoken.costs import measure
 from foretoken.errors import UserError
+from foretoken.graphs import quickened
 from foretoken.loading import load
 from foretoken.machine import Machine, read_bandwidth
 from foretoken.progress import Update, progress
@@ -236,7 +236,7 @@ def run(ask: Ask) -> Results:
     too_few(ask, found)  # or is there nothing to measure?
     with progress() as update:
         if ask.compile:
-            target = CompiledTarget(target, progress=lambda stage: update(f"compiling: {stage}", 0, 1))
+            target = quickened(target, progress=lambda stage: update(f"compiling: {stage}", 0, 1))
             target.settled()
         writer = Writer(ask.out)
         comparison = Comparison(ask, target, writer, done)

@@ -14,6 +14,7 @@ from foretoken.decode import Request, Row
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError, unknown
 from foretoken.generation import end_tokens
+from foretoken.graphs import GraphedTarget
 from foretoken.rules import make_rule
 from foretoken.sampling import Sampling
 from foretoken.target import Target
@@ -93,7 +94,7 @@ class Ours:
             "peer": False,
             "requires": self.method.requires,
             "extra_parameters": self.parameters,
-            "compiled": isinstance(self.target, CompiledTarget),
+            "compiled": isinstance(self.target, CompiledTarget | GraphedTarget),
         }
 
     def close(self) -> None:

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from foretoken.commands.options import INPUT, METHOD, MODEL, OUTPUT, SAMPLING, Attention, Device, Dtype, Model, numbers
+from foretoken.commands.options import (
+    INPUT,
+    METHOD,
+    OUTPUT,
+    SAMPLING,
+    Attention,
+    Compile,
+    Device,
+    Dtype,
+    Model,
+    numbers,
+)
 from foretoken.errors import UserError
 
 
@@ -58,9 +69,7 @@ def bench(
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the model's steps for this processor.", rich_help_panel=MODEL)
-    ] = False,
+    compiled: Compile = False,
 ) -> None:
     """Compare methods with plain decoding on your model, prompts and machine; broken off, --resume goes on."""
     from foretoken.bench.cells import Ask
