@@ -92,7 +92,7 @@ class Advance:
     def told(self) -> list[list[int]]:
         """Per row, its part of `new`, then `count` and 1 + the number of accepted guesses: waits for the device."""
         host = self.table.cpu()
-        return torch.cat([host[:, : self.width], host[:, -2:]], 1).tolist()
+        return [new + counts for new, counts in zip(host[:, : self.width].tolist(), host[:, -2:].tolist(), strict=True)]
 
     def of(self, rows: int, width: int) -> "Advance":
         """The same of a draft of so many rows and nodes, without the padding behind them; its own memory."""

@@ -6,6 +6,7 @@ being judged. A node whose parent is -1 (the root apart) is fed to the target bu
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,12 +61,19 @@ class Accepted:
 def chain(tokens: Tensor, count: Tensor | None = None, q: Tensor | None = None) -> Draft:
     """The draft whose nodes `tokens` [B, N] follow each other; of row b only the first `count[b]` can be accepted."""
     B, N = tokens.shape
-    node = torch.arange(N, device=tokens.device)
-    parent = (node - 1).expand(B, N)
+    parent, ancestors = links(B, N, tokens.device)
     if count is not None:
-        parent = parent.masked_fill(node >= count[:, None], -1)
-    ancestors = (node <= node[:, None]).expand(B, N, N)
+        parent = parent.masked_fill(torch.arange(N, device=tokens.device) >= count[:, None], -1)
     return Draft(tokens, parent, ancestors, N - 1, True, q)
+
+
+@lru_cache(maxsize=64)
+def links(batch: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(parent [B, N], ancestors [B, N, N]) of chains, made once: not to be changed."""
+    with torch.inference_mode(False):
+        node = torch.arange(width, device=device)
+        parent = (node - 1).expand(batch, width).contiguous()
+        return parent, (node <= node[:, None]).expand(batch, width, width).contiguous()
 
 
 def tree(tokens: Tensor, parent: Tensor, q: Tensor | None = None) -> Draft:
