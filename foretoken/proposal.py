@@ -163,8 +163,10 @@ class CompiledDrafter:
     def work(self, heat: float, feed: Feed) -> Program | None:
         """The program for draws of this kind, compiled now if sessions wait for that; None if there is none."""
         if heat not in self.programs and heat not in self.absent:
+            if not self.target.programs:  # this session decodes eagerly
+                return None
             key = key_of(self.drafter, self.target, heat)
-            if not self.target.programs or not (self.target.wait or is_there(key)):
+            if not (self.target.wait or is_there(key)):
                 self.absent.add(heat)
                 return None
             recipe = recipe_for(self.drafter, self.target, key, heat, feed)
