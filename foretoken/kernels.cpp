@@ -57,7 +57,6 @@ template <>
 struct Kind<float> {
   using Sum = float;
   using Vec = Floats;
-  using Cell = float;
   static constexpr int pair = 1, lanes = 16;
   static Vec cells(const float* p) { return load<Vec>(p); }
   static Vec spread(const float* p) { return Vec{} + *p; }
@@ -70,7 +69,6 @@ template <>
 struct Kind<double> {
   using Sum = double;
   using Vec = Doubles;
-  using Cell = double;
   static constexpr int pair = 1, lanes = 8;
   static Vec cells(const double* p) { return load<Vec>(p); }
   static Vec spread(const double* p) { return Vec{} + *p; }
@@ -83,7 +81,6 @@ template <>
 struct Kind<c10::BFloat16> {
   using Sum = float;
   using Vec = Floats;
-  using Cell = std::uint32_t;
   static constexpr int pair = 2, lanes = 16;
   static Words cells(const c10::BFloat16* p) { return load<Words>(p); }
   static Words spread(const c10::BFloat16* p) {
@@ -284,7 +281,6 @@ struct Head {
   int64_t length, window;          // committed tokens; 0: all of them are seen
   const int64_t* plan;             // [N, 2 + M]
   Sum scale, cap;
-  const T* sinks;                  // [G] or none
 
   int64_t slot(int64_t position) const { return position < S ? position : position % S; }
 };
@@ -545,7 +541,7 @@ void attend_all(const Tensor& query, const Tensor& keys, const Tensor& values, c
                          query.stride(2), query.stride(1), keys.stride(2), values.stride(2),
                          N, M, G, query.size(3), E, keys.size(2),
                          length, plans[b * row + 1], plans + b * row,
-                         Sum(scale), Sum(cap), nullptr};
+                         Sum(scale), Sum(cap)};
       attend_chunk(head, chunk, room, sums, tops, totals);
     }
   });

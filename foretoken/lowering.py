@@ -111,34 +111,26 @@ def first(graph: fx.Graph, own: set[str]) -> None:
         anchor.prepend(node)
 
 
-def tensors(sources: Sequence[Source], module: nn.Module, constants: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the sources stand for in `module`, weights packed."""
+def tensors(
+    sources: Sequence[Source], module: nn.Module, constants: Mapping[str, Tensor], *, blank: bool = False
+) -> list[Tensor]:
+    """What the sources stand for in `module`, weights packed.
+
+    blank: tensors like them in memory that nobody wrote, so that compiling needs no second set of weights.
+    """
     found: list[Tensor] = []
     for source in sources:
         if source.kind == "constant":
             found.append(constants[source.names[0]])
             continue
-        parts = [tensor_of(module, name) for name in source.names]
-        if source.kind == "packed":
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            found.append(ops.foretoken.pack(whole.detach()))
-        else:
-            found.append(parts[0].detach().contiguous())
-    return found
-
-
-def blanks(sources: Sequence[Source], module: nn.Module, constants: Mapping[str, Tensor]) -> list[Tensor]:
-    """Tensors like those of `tensors` in memory that nobody wrote, so that compiling needs no second set of weights."""
-    found: list[Tensor] = []
-    for source in sources:
-        if source.kind == "constant":
-            found.append(constants[source.names[0]])
-            continue
-        parts = [tensor_of(module, name) for name in source.names]
-        if source.kind == "packed":
+        parts = [tensor_of(module, name).detach() for name in source.names]
+        if source.kind == "packed" and blank:
             found.append(packed_like(parts[0].new_empty(sum(len(p) for p in parts), parts[0].shape[1])))
+        elif source.kind == "packed":
+            found.append(ops.foretoken.pack(parts[0] if len(parts) == 1 else torch.cat(parts)))
         else:
-            found.append(torch.empty_like(parts[0], memory_format=torch.contiguous_format))
+            like = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+            found.append(like if blank else parts[0].contiguous())
     return found
 
 

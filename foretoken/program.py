@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foretoken.kernels import fingerprint, folder, load_kernels
-from foretoken.lowering import Source, blanks, lower, tensors
+from foretoken.lowering import Source, lower, tensors
 
 Progress = Callable[[str], None]
 """Told the name of each stage of compiling as it begins."""
@@ -120,7 +120,7 @@ def compile_into(path: Path, recipe: Recipe, tell: Progress) -> None:
 
     tell(STAGES[1])
     lowered = lower(recipe.module, recipe.args, recipe.dynamic)
-    given = blanks(lowered.sources, recipe.module, lowered.constants)
+    given = tensors(lowered.sources, recipe.module, lowered.constants, blank=True)
     leaves, dynamic = flat(recipe.args), flat(recipe.dynamic)
     tell(STAGES[2])
     with torch.no_grad():

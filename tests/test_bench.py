@@ -273,8 +273,8 @@ made: list[Compiled] = []
 
 
 def test_compiled_rows_say_so_and_are_not_mixed_with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (compare, entries):
-        monkeypatch.setattr(module, "CompiledTarget", Compiled)
+    monkeypatch.setattr(compare, "quickened", Compiled)
+    monkeypatch.setattr(entries, "CompiledTarget", Compiled)
     eager = run(ask_for(tmp_path / "eager", limit=1, repeats=1))
     ask = ask_for(tmp_path / "compiled", limit=1, repeats=1, compile=True)
     compiled = run(ask)
