@@ -10,6 +10,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <torch/library.h>
@@ -17,9 +18,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -34,7 +41,9 @@ constexpr int ROWS = 12;  // accumulators of so many rows fit in registers
 #else
 constexpr int ROWS = 3;
 #endif
+constexpr int64_t SPAN = 64;    // cells of a block that all rows pass before the next ones, while those are fetched
 constexpr int64_t CHUNK = 512;  // positions whose attention is one piece of work
+constexpr int64_t AHEAD = 64;   // positions whose keys are fetched before they are used
 
 using Floats = float __attribute__((vector_size(64)));
 using Doubles = double __attribute__((vector_size(64)));
@@ -47,6 +56,13 @@ inline V load(const P* from) {
   V v;
   std::memcpy(&v, from, sizeof(V));
   return v;
+}
+
+// Begin to bring `count` values nearer; it does no harm if there are none.
+template <class T>
+inline void fetch(const T* from, int64_t count) {
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
 // How a type is multiplied. A cell is what one lane takes at once: two neighbours of bfloat16, else one value.
@@ -108,27 +124,25 @@ struct Kind<c10::BFloat16> {
   }
 };
 
-template <class V, class Index>
-inline void swap_lanes(V& a, V& b, int step, int lanes) {
-  // of rows `step` apart, exchange the lanes off the diagonal
-  Index low, high;
-  for (int i = 0; i < lanes; i++) {
-    low[i] = i & step ? lanes + (i ^ step) : i;
-    high[i] = i & step ? lanes + i : (i ^ step);
-  }
+// Of rows STEP apart, exchange the lanes off the diagonal.
+template <int STEP, class Index, class V, int... I>
+inline void swap_lanes(V& a, V& b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+  const Index low = {(I & STEP ? L + (I ^ STEP) : I)...}, high = {(I & STEP ? L + I : (I ^ STEP))...};
   const V upper = __builtin_shuffle(a, b, low), lower = __builtin_shuffle(a, b, high);
   a = upper;
   b = lower;
 }
 
 // A square of cells turned: row i lane j becomes row j lane i.
-template <int L, class V, class Index>
+template <class Index, int STEP = 1, int L, class V>
 inline void turn(V (&rows)[L]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2)
+  if constexpr (STEP < L) {
 #pragma GCC unroll 16
     for (int i = 0; i < L; i++)
-      if (!(i & step)) swap_lanes<V, Index>(rows[i], rows[i + step], step, L);
+      if (!(i & STEP)) swap_lanes<STEP, Index>(rows[i], rows[i + STEP], std::make_integer_sequence<int, L>{});
+    turn<Index, 2 * STEP>(rows);
+  }
 }
 
 template <class T>
@@ -167,20 +181,26 @@ void interleave(const T* x, int64_t stride, int64_t M, int64_t K, T* out) {
       if (k + L * P <= K) part[m] = load<V>(x + m * stride + k);
       else std::memcpy(&part[m], x + m * stride + k, sizeof(T) * (K - k));
     }
-    if (M > 1) turn<L, V, typename Squares<T>::Index>(part);
+    if (M > 1) turn<typename Squares<T>::Index>(part);
     if (M == 1) std::memcpy(out + k, part, 64);
     else for (int c = 0; c < L; c++) std::memcpy(out + (k / P + c) * M * P, &part[c], 64);
   }
 }
 
-// y [M, block] = x w^T for one block of packed weights.
+// y [M, block] += x w^T for `cells` of one block of packed weights; fetches what lies a span behind them.
 template <class T, int M>
 void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
   using K = Kind<T>;
   constexpr int P = K::pair, L = K::lanes;
-  typename K::Vec a[M] = {}, b[M] = {};
-  for (int64_t k = 0; k < cells; k++) {
-    const auto w0 = K::cells(w + 2 * k * L * P), w1 = K::cells(w + (2 * k + 1) * L * P);
+  constexpr int64_t BLOCK = block_of<T>();
+  typename K::Vec a[M], b[M];
+  for (int m = 0; m < M; m++) {
+    a[m] = load<typename K::Vec>(y + m * BLOCK);
+    b[m] = load<typename K::Vec>(y + m * BLOCK + L);
+  }
+  for (int64_t k = 0; k < cells; k++, w += BLOCK * P) {
+    if constexpr (M > 2) fetch(w + SPAN * BLOCK * P, BLOCK * P);  // one or two rows leave that to the processor
+    const auto w0 = K::cells(w), w1 = K::cells(w + L * P);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
       const auto xm = K::spread(x + (k * M + m) * P);
@@ -189,8 +209,8 @@ void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
     }
   }
   for (int m = 0; m < M; m++) {
-    std::memcpy(y + 2 * m * L, &a[m], 64);
-    std::memcpy(y + (2 * m + 1) * L, &b[m], 64);
+    std::memcpy(y + m * BLOCK, &a[m], 64);
+    std::memcpy(y + m * BLOCK + L, &b[m], 64);
   }
 }
 
@@ -198,7 +218,7 @@ template <class T>
 using Tile = void (*)(const T*, const T*, int64_t, typename Kind<T>::Sum*);
 
 template <class T, int... M>
-Tile<T> tile_of(int rows, std::integer_sequence<int, M...>) {
+Tile<T> tile_of(int64_t rows, std::integer_sequence<int, M...>) {
   static constexpr Tile<T> table[] = {tile<T, M + 1>...};
   return table[rows - 1];
 }
@@ -225,6 +245,7 @@ void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
   T* ys = y.data_ptr<T>();
   at::parallel_for(0, (N + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<T> rows;
+    static thread_local std::vector<Sum> sums;
     const int64_t square = 16 * 16 * P;
     if (rows.size() < size_t(M * (cells + 16) * P + square)) rows.resize(M * (cells + 16) * P + square);
     const auto first = [&](int64_t pass) { return M * pass / passes; };
@@ -232,16 +253,19 @@ void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
       const int64_t m = first(pass);
       interleave(xs + m * x.stride(0), x.stride(0), first(pass + 1) - m, K, rows.data() + m * cells * P);
     }
-    alignas(64) Sum sums[rows_of<T>() * BLOCK];
+    const int64_t span = passes > 1 ? SPAN : cells;
     for (int64_t block = begin; block < end; block++) {
       const int64_t n0 = block * BLOCK, width = std::min(BLOCK, N - n0);
-      for (int64_t pass = 0; pass < passes; pass++) {
-        const int64_t m0 = first(pass), count = first(pass + 1) - m0;
-        const auto work = tile_of<T>(int(count), std::make_integer_sequence<int, rows_of<T>()>{});
-        work(ws + block * cells * P * BLOCK, rows.data() + m0 * cells * P, cells, sums);
-        for (int64_t m = 0; m < count; m++)
-          give(sums + m * BLOCK, bias ? bias + n0 : nullptr, width, ys + (m0 + m) * N + n0);
-      }
+      sums.assign(M * BLOCK, Sum(0));
+      for (int64_t cell = 0; cell < cells; cell += span)
+        for (int64_t pass = 0; pass < passes; pass++) {
+          const int64_t m0 = first(pass), count = first(pass + 1) - m0;
+          const auto work = tile_of<T>(count, std::make_integer_sequence<int, rows_of<T>()>{});
+          work(ws + (block * cells + cell) * P * BLOCK, rows.data() + (m0 * cells + count * cell) * P,
+               std::min(span, cells - cell), sums.data() + m0 * BLOCK);
+        }
+      for (int64_t m = 0; m < M; m++)
+        give(sums.data() + m * BLOCK, bias ? bias + n0 : nullptr, width, ys + m * N + n0);
     }
   });
 }
@@ -293,50 +317,45 @@ struct Room {
   std::vector<int64_t> path, depth;
 };
 
+// The sums of L vectors, one to a lane.
+template <class Index, int STEP = 1, int L, class V>
+inline V totals_of(V (&rows)[L]) {
+  if constexpr (STEP < L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i += 2 * STEP) {
+      swap_lanes<STEP, Index>(rows[i], rows[i + STEP], std::make_integer_sequence<int, L>{});
+      rows[i] += rows[i + STEP];
+    }
+    return totals_of<Index, 2 * STEP>(rows);
+  } else return rows[0];
+}
+
 // Scores [Q, lanes] of all queries and the keys at `lanes` slots.
 template <class T>
-void score(const Head<T>& h, const T* const* rows, const T* query, T* square, typename Kind<T>::Sum* out,
+void score(const Head<T>& h, const T** rows, const T* query, T* square, typename Kind<T>::Sum* out,
            int64_t stride) {
   using K = Kind<T>;
-  using V = typename Squares<T>::Vec;
-  constexpr int P = K::pair, L = K::lanes;
-  const int64_t cells = (h.D + P - 1) / P, Q = h.N * h.G;
-  for (int64_t c = 0; c < cells; c += L) {
-    V part[L];
-    const int64_t left = std::min<int64_t>(L, cells - c);
+  using Index = std::conditional_t<K::lanes == 16, Ints, Longs>;
+  constexpr int64_t L = K::lanes, SPAN = L * K::pair;  // values that one vector of cells holds
+  const int64_t spans = (h.D + SPAN - 1) / SPAN, Q = h.N * h.G;
+  if (h.D % SPAN)
     for (int i = 0; i < L; i++) {
-      if (left == L && (c + L) * P <= h.D) {
-        part[i] = load<V>(rows[i] + c * P);
-      } else {
-        part[i] = V{};
-        std::memcpy(&part[i], rows[i] + c * P, sizeof(T) * std::min<int64_t>(left * P, h.D - c * P));
-      }
+      T* whole = square + i * spans * SPAN;
+      std::copy_n(rows[i], h.D, whole);
+      std::fill_n(whole + h.D, spans * SPAN - h.D, T(0));
+      rows[i] = whole;
     }
-    turn<L, V, typename Squares<T>::Index>(part);
-    std::memcpy(square + c * P * L, part, sizeof(part[0]) * left);
-  }
-  constexpr int TOGETHER = 8;
-  for (int64_t q = 0; q < Q; q += TOGETHER) {
-    const int count = int(std::min<int64_t>(TOGETHER, Q - q));
-    typename K::Vec sums[TOGETHER] = {};
-    const T* base = query + q * cells * P;
-    if (count == TOGETHER) {
-      for (int64_t c = 0; c < cells; c++) {
-        const auto keys = K::cells(square + c * P * L);
-#pragma GCC unroll 8
-        for (int i = 0; i < TOGETHER; i++) sums[i] = K::mac(sums[i], keys, K::spread(base + (i * cells + c) * P));
-      }
-    } else {
-      for (int i = 0; i < count; i++)
-        for (int64_t c = 0; c < cells; c++)
-          sums[i] = K::mac(sums[i], K::cells(square + c * P * L), K::spread(base + (i * cells + c) * P));
+  for (int64_t q = 0; q < Q; q++) {
+    typename K::Vec sums[L] = {};
+    for (int64_t c = 0; c < spans * SPAN; c += SPAN) {
+      const auto x = K::cells(query + q * spans * SPAN + c);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; i++) sums[i] = K::mac(sums[i], K::cells(rows[i] + c), x);
     }
-    for (int i = 0; i < count; i++) {
-      typename K::Vec s = sums[i] * h.scale;
-      if (h.cap > 0)
-        for (int l = 0; l < L; l++) s[l] = h.cap * std::tanh(s[l] / h.cap);
-      std::memcpy(out + (q + i) * stride, &s, 64);
-    }
+    auto s = totals_of<Index>(sums) * h.scale;
+    if (h.cap > 0)
+      for (int l = 0; l < L; l++) s[l] = h.cap * std::tanh(s[l] / h.cap);
+    std::memcpy(out + q * stride, &s, 64);
   }
 }
 
@@ -446,17 +465,15 @@ void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T
                   typename Kind<T>::Sum* sums, typename Kind<T>::Sum* tops, typename Kind<T>::Sum* totals) {
   using K = Kind<T>;
   using Sum = typename K::Sum;
-  constexpr int P = K::pair, L = K::lanes;
-  const int64_t Q = h.N * h.G, cells = (h.D + P - 1) / P;
+  constexpr int64_t L = K::lanes, SPAN = L * K::pair;
+  const int64_t Q = h.N * h.G, size = (h.D + SPAN - 1) / SPAN * SPAN;
   const int64_t low = chunk * CHUNK, high = low + CHUNK, committed = std::min(high, h.length);
-  room.query.resize(Q * cells * P);
-  room.square.resize((cells + L) * P * L);
+  room.query.assign(Q * size, T(0));
+  room.square.resize(L * size);
   room.scores.resize(Q * (CHUNK + L));
   for (int64_t n = 0; n < h.N; n++)
     for (int64_t g = 0; g < h.G; g++) {
-      T* to = room.query.data() + (n * h.G + g) * cells * P;
-      to[cells * P - 1] = T(0);
-      std::copy_n(h.query + n * h.by_node + g * h.by_head, h.D, to);
+      std::copy_n(h.query + n * h.by_node + g * h.by_head, h.D, room.query.data() + (n * h.G + g) * size);
     }
   const T* rows[L];
   Sum* scores = room.scores.data();
@@ -464,7 +481,12 @@ void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T
   int64_t oldest = low;  // the first position that any query sees
   if (h.window > 0) oldest = std::max(low, (h.length - h.window + 1) / L * L);
   for (int64_t p = oldest / L * L; p < committed; p += L) {
-    for (int i = 0; i < L; i++) rows[i] = h.keys + h.slot(std::min(p + i, committed - 1)) * h.key_stride;
+    for (int i = 0; i < L; i++) {
+      const int64_t slot = h.slot(std::min(p + i, committed - 1));
+      rows[i] = h.keys + slot * h.key_stride;
+      fetch(rows[i] + AHEAD * h.key_stride, h.D);
+      fetch(h.values + slot * h.value_stride, h.E);
+    }
     score(h, rows, room.query.data(), room.square.data(), scores + (p - low), stride);
   }
   // the nodes in flight, seen along each one's path
@@ -694,6 +716,19 @@ void by_type(const Tensor& x, Work&& work) {
   }
 }
 
+// So many values of x's type that nobody wrote, in pages of 2 MiB where the system has them: whoever reads them one after
+// the other waits for no table of pages.
+Tensor room(const Tensor& x, int64_t values) {
+  constexpr size_t PAGE = size_t(2) << 20;
+  const size_t bytes = (size_t(values) * x.element_size() + PAGE - 1) / PAGE * PAGE;
+  void* begin = std::aligned_alloc(PAGE, bytes);
+  TORCH_CHECK(begin || !bytes, "no memory for ", bytes, " bytes");
+#if defined(MADV_HUGEPAGE)
+  madvise(begin, bytes, MADV_HUGEPAGE);
+#endif
+  return at::from_blob(begin, {values}, [](void* p) { std::free(p); }, x.options());
+}
+
 // [ceil(N / block), ceil(K / pair), block, pair] of a weight [N, K], zeros where there is none.
 Tensor pack(const Tensor& weight) {
   const Tensor w = weight.contiguous();
@@ -814,6 +849,7 @@ TORCH_LIBRARY_FRAGMENT(foretoken, m) {
     // where there is a GPU, `operators.py` may have said so before
     if (!c10::Dispatcher::singleton().findSchema({"foretoken::" + name, ""})) m.def((name + signature).c_str());
   };
+  define("room", "(Tensor x, int values) -> Tensor");
   define("pack", "(Tensor weight) -> Tensor");
   define("linear", "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
   define("write", "(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor slot) -> ()");
@@ -824,6 +860,7 @@ TORCH_LIBRARY_FRAGMENT(foretoken, m) {
 }
 
 TORCH_LIBRARY_IMPL(foretoken, CPU, m) {
+  m.impl("room", room);
   m.impl("pack", pack);
   m.impl("linear", linear);
   m.impl("write", write);

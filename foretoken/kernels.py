@@ -1,7 +1,7 @@
 """The operators of `kernels.cpp`, built for this machine once and kept.
 
-`pack` and `linear` multiply few rows by weights at the speed of memory, `attend` reads a cache of slots by position,
-`write` and `move` change it in place. Results do not depend on how many rows or nodes a call has.
+`room`, `pack` and `linear` multiply few rows by weights at the speed of memory, `attend` reads a cache of slots by
+position, `write` and `move` change it in place. Results do not depend on how many rows or nodes a call has.
 """
 
 import hashlib
@@ -74,6 +74,11 @@ def build(path: Path) -> None:
     part.replace(path)
 
 
+def room_like(x: Tensor, values: int) -> Tensor:
+    """[values]."""
+    return x.new_empty(values)
+
+
 def packed_like(weight: Tensor) -> Tensor:
     """[blocks, cells, outputs of a block, values of a cell] of a weight [outputs, inputs]."""
     lanes, pair = (8, 1) if weight.dtype == torch.float64 else (16, 2 if weight.dtype == torch.bfloat16 else 1)
@@ -107,6 +112,7 @@ def move_like(stores: list[Tensor], path: Tensor, length: Tensor, count: Tensor)
 
 
 SHAPES = {
+    "room": room_like,
     "pack": packed_like,
     "linear": linear_like,
     "attend": attend_like,

@@ -124,14 +124,27 @@ def tensors(
             found.append(constants[source.names[0]])
             continue
         parts = [tensor_of(module, name).detach() for name in source.names]
-        if source.kind == "packed" and blank:
+        if source.kind == "packed":
             found.append(packed_like(parts[0].new_empty(sum(len(p) for p in parts), parts[0].shape[1])))
-        elif source.kind == "packed":
-            found.append(ops.foretoken.pack(parts[0] if len(parts) == 1 else torch.cat(parts)))
         else:
             like = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
             found.append(like if blank else parts[0].contiguous())
+    if not blank:
+        pack_into_rooms(found, sources, module)
     return found
+
+
+def pack_into_rooms(found: list[Tensor], sources: Sequence[Source], module: nn.Module) -> None:
+    """Put packed weights for blank ones, those of one type one behind the other."""
+    packed = [i for i, source in enumerate(sources) if source.kind == "packed"]
+    for dtype in {found[i].dtype for i in packed}:
+        members = [i for i in packed if found[i].dtype == dtype]
+        sizes = [found[i].numel() for i in members]
+        room = ops.foretoken.room(found[members[0]], sum(sizes))
+        for i, place in zip(members, room.split(sizes), strict=True):
+            parts = [tensor_of(module, name).detach() for name in sources[i].names]
+            found[i] = place.view_as(found[i])
+            found[i].copy_(ops.foretoken.pack(parts[0] if len(parts) == 1 else torch.cat(parts)))
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
