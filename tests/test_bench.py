@@ -31,6 +31,7 @@ from foretoken.bench.taken import rows_of
 from foretoken.bench.tasks import Prompt, prompts
 from foretoken.cache import SlotCache
 from foretoken.cli import app
+from foretoken.compiled import CompiledTarget
 from foretoken.decode import Request
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
@@ -103,9 +104,12 @@ def test_a_batch_that_no_task_fills_is_refused(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------- measured
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["none", "suffix", "lookahead"])
-def test_a_clock_changes_nothing(name: str):
+def test_a_clock_changes_nothing(name: str, compiled: bool):
     target = asset(BITSTORIES, torch.float32)
+    if compiled:
+        target = CompiledTarget(target, inductor=False)
     drafter = make_drafter(name, target)
     sampling = Sampling(temperature=0.8, seed=2)
     requests = [Request([5 + i, 6, 7], sampling, i, 8 + 5 * i) for i in range(3)]

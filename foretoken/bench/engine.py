@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from foretoken.drafter import Drafter, Feed
 from foretoken.generation import decode_all
 from foretoken.machine import synchronise
 from foretoken.rules import Rule
-from foretoken.target import Read, Target
+from foretoken.target import Target
 from foretoken.tree import Draft
 
 
@@ -29,7 +29,7 @@ class Watch:
 
     first   seconds to the first token
     drafts  seconds of each proposal
-    judges  of each forward of the target behind the prompts
+    judges  of each forward of the target behind the prompts, or step where a forward is part of a program
     widths  nodes per row of each draft
     read    bytes of weights and cache that those forwards read
     kept    bytes of tensors that drafting keeps beside the target's cache, after the first proposal; if asked for
@@ -84,18 +84,22 @@ class Clocked:
 
 
 def clocked_target(target: Target, watch: Watch, weights: int) -> Target:
-    """The target with its forwards behind the prompts timed, and what they read counted."""
+    """The target with its forwards behind the prompts timed (whole steps, if it makes those), and what they read."""
 
-    def judge(draft: Draft, cache: SlotCache, features: Sequence[int] = ()) -> Read:
-        clock = perf_counter()
-        read = target.judge(draft, cache, features)
-        synchronise(target.device)
-        watch.judges.append(perf_counter() - clock)
-        watch.read += weights
-        return read
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def clocked(*given: Any, **named: Any) -> Any:
+            clock = perf_counter()
+            done = work(*given, **named)
+            if done is not None:
+                synchronise(target.device)
+                watch.judges.append(perf_counter() - clock)
+                watch.read += weights
+            return done
+
+        return clocked
 
     twin: Any = copy.copy(target)
-    twin.judge = judge
+    twin.judge, twin.advance = timed(target.judge), timed(target.advance)
     return twin
 
 
