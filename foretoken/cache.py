@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from foretoken.errors import UserError
 
 Count = list[int] | Tensor
-"""Tokens of each row: on the host, or [B] int64 while a trace is made (`compiled.PlannedCache`)."""
+"""Tokens of each row: on the host, or [B] int64 while a trace is made (`planned.PlannedCache`)."""
 
 
 def plus(count: Count, more: int) -> Count:

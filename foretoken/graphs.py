@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from foretoken.advance import Advance, advance, is_plain
 from foretoken.arena import Arena, Shape
 from foretoken.cache import SlotCache
-from foretoken.compiled import CompiledTarget, PlannedCache, traceable
+from foretoken.compiled import CompiledTarget, traceable
 from foretoken.errors import UserError, unknown
 from foretoken.operators import provide
+from foretoken.planned import PlannedCache
 from foretoken.program import Progress
 from foretoken.rules import Rule
 from foretoken.sampling import Sampler

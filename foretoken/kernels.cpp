@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/util/BFloat16.h>
@@ -21,7 +22,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 #include <utility>
 #include <vector>
 #if defined(__linux__)
@@ -42,6 +42,7 @@ constexpr int ROWS = 12;  // accumulators of so many rows fit in registers
 constexpr int ROWS = 3;
 #endif
 constexpr int64_t SPAN = 64;    // cells of a block that all rows pass before the next ones, while those are fetched
+constexpr int64_t PART = 2048;  // cells of all rows that stay near while the blocks pass
 constexpr int64_t CHUNK = 512;  // positions whose attention is one piece of work
 constexpr int64_t AHEAD = 64;   // positions whose keys are fetched before they are used
 
@@ -194,6 +195,7 @@ void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
   constexpr int P = K::pair, L = K::lanes;
   constexpr int64_t BLOCK = block_of<T>();
   typename K::Vec a[M], b[M];
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++) {
     a[m] = load<typename K::Vec>(y + m * BLOCK);
     b[m] = load<typename K::Vec>(y + m * BLOCK + L);
@@ -208,6 +210,7 @@ void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
       b[m] = K::mac(b[m], w1, xm);
     }
   }
+#pragma GCC unroll 12
   for (int m = 0; m < M; m++) {
     std::memcpy(y + m * BLOCK, &a[m], 64);
     std::memcpy(y + m * BLOCK + L, &b[m], 64);
@@ -335,7 +338,6 @@ template <class T>
 void score(const Head<T>& h, const T** rows, const T* query, T* square, typename Kind<T>::Sum* out,
            int64_t stride) {
   using K = Kind<T>;
-  using Index = std::conditional_t<K::lanes == 16, Ints, Longs>;
   constexpr int64_t L = K::lanes, SPAN = L * K::pair;  // values that one vector of cells holds
   const int64_t spans = (h.D + SPAN - 1) / SPAN, Q = h.N * h.G;
   if (h.D % SPAN)
@@ -352,7 +354,7 @@ void score(const Head<T>& h, const T** rows, const T* query, T* square, typename
 #pragma GCC unroll 16
       for (int i = 0; i < L; i++) sums[i] = K::mac(sums[i], K::cells(rows[i] + c), x);
     }
-    auto s = totals_of<Index>(sums) * h.scale;
+    auto s = totals_of<typename Squares<T>::Index>(sums) * h.scale;
     if (h.cap > 0)
       for (int l = 0; l < L; l++) s[l] = h.cap * std::tanh(s[l] / h.cap);
     std::memcpy(out + q * stride, &s, 64);
@@ -767,6 +769,9 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   return y.view(shape);
 }
 
+// A copy: what is fused around it is computed before it and not again behind it.
+Tensor keep(const Tensor& x) { return x.clone(); }
+
 // Put new keys [B, K, N, D] and values [B, K, N, E] into the slots [B, N] of a layer's [B, K, S, D] and [B, K, S, E].
 void write(Tensor& keys, Tensor& values, const Tensor& new_keys, const Tensor& new_values, const Tensor& slot) {
   const int64_t B = slot.size(0), N = slot.size(1), heads = keys.size(1);
@@ -852,6 +857,7 @@ TORCH_LIBRARY_FRAGMENT(foretoken, m) {
   define("room", "(Tensor x, int values) -> Tensor");
   define("pack", "(Tensor weight) -> Tensor");
   define("linear", "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+  define("keep", "(Tensor x) -> Tensor");
   define("write", "(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor slot) -> ()");
   define("attend", "(Tensor query, Tensor keys, Tensor values, Tensor plan, float scale, float cap, Tensor? sinks)"
                    " -> Tensor");
@@ -863,6 +869,7 @@ TORCH_LIBRARY_IMPL(foretoken, CPU, m) {
   m.impl("room", room);
   m.impl("pack", pack);
   m.impl("linear", linear);
+  m.impl("keep", keep);
   m.impl("write", write);
   m.impl("race", race);
   m.impl("move", move);

@@ -98,6 +98,11 @@ def attend_like(
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], values.shape[3]))
 
 
+def keep_like(x: Tensor) -> Tensor:
+    """A copy."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def write_like(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, slot: Tensor) -> None:
     """Nothing comes out."""
 
@@ -116,6 +121,7 @@ SHAPES = {
     "pack": packed_like,
     "linear": linear_like,
     "attend": attend_like,
+    "keep": keep_like,
     "write": write_like,
     "race": race_like,
     "move": move_like,

@@ -18,6 +18,8 @@ ops: Any = torch.ops
 LINEAR = ops.aten.linear.default
 NOTES = (ops.aten._assert_tensor_metadata.default,)
 """What tracing leaves behind that computes nothing."""
+SHARED = (ops.aten.cos.default, ops.aten.sin.default)
+"""What all layers use and one computes; fused into each, it would be computed by each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ def lower(module: nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...]) ->
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = dict(signature.inputs_to_lifted_tensor_constants)
     sources = pack_linears(graph, names)
+    keep_shared(graph)
     for node in list(graph.nodes):
         if node.target in NOTES or (node.op == "placeholder" and node.name in names and not node.users):
             graph.erase_node(node)
@@ -100,6 +103,16 @@ def pack_linears(graph: fx.Graph, names: Mapping[str, str]) -> list[Source]:
         for node in members:
             graph.erase_node(node)
     return list(inputs)
+
+
+def keep_shared(graph: fx.Graph) -> None:
+    """Put what is in `SHARED` into memory."""
+    for node in [n for n in graph.nodes if n.target in SHARED]:
+        users = list(node.users)
+        with graph.inserting_after(node):
+            kept = graph.call_function(ops.foretoken.keep.default, (node,))
+        for user in users:
+            user.replace_input_with(node, kept)
 
 
 def first(graph: fx.Graph, own: set[str]) -> None:

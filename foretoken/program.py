@@ -19,6 +19,8 @@ from foretoken.lowering import Source, lower, tensors
 Progress = Callable[[str], None]
 """Told the name of each stage of compiling as it begins."""
 
+CHUNK = 4096
+"""Values of a fused loop for which one more thread pays."""
 STAGES = ("kernels", "tracing", "compiling", "packing weights")
 
 
@@ -102,7 +104,7 @@ def is_there(key: Sequence[object]) -> bool:
 
 def place(key: Sequence[object]) -> Path:
     """The folder of what is compiled for a recipe of this key: the same for what compiles to the same code."""
-    parts = [*key, torch.__version__, fingerprint(), own_code()]
+    parts = [*key, torch.__version__, torch.get_num_threads(), fingerprint(), own_code()]
     return folder() / "programs" / hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
@@ -127,7 +129,8 @@ def compile_into(path: Path, recipe: Recipe, tell: Progress) -> None:
         whole = torch.export.export(
             lowered.graph, (*given, *leaves), dynamic_shapes=(*({} for _ in given), *dynamic), strict=False
         )
-        aoti_compile_and_package(whole, package_path=str(path / "program.pt2"), inductor_configs={"cpp.threads": 1})
+        settings = {"cpp.threads": torch.get_num_threads(), "cpp.min_chunk_size": CHUNK}
+        aoti_compile_and_package(whole, package_path=str(path / "program.pt2"), inductor_configs=settings)
     save_file({k: v.contiguous() for k, v in lowered.constants.items()}, path / "constants.safetensors")
     (path / "inputs.json").write_text(json.dumps([asdict(s) for s in lowered.sources]))
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from foretoken.cache import SlotCache
-from foretoken.compiled import CompiledTarget, PlannedCache, described, held, traceable, unshared
+from foretoken.compiled import CompiledTarget, described, held, traceable, unshared
 from foretoken.drafter import Feed, Needs
 from foretoken.noise import Noise
 from foretoken.plan import Guesser, Plan
+from foretoken.planned import PlannedCache
 from foretoken.program import Program, Recipe, is_there, program
 from foretoken.sampling import Sampler, Sampling
 from foretoken.target import Target

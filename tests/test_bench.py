@@ -292,6 +292,7 @@ def test_compiled_rows_say_so_and_are_not_mixed_with_others(tmp_path: Path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, by inductor
 def test_a_compiled_comparison_says_what_plain_decoding_says(tmp_path: Path):
     found = run(ask_for(tmp_path, limit=1, repeats=1, compile=True))
     assert {(r.compiled, r.same_as_plain) for r in found.rows} == {(True, True)}

@@ -62,6 +62,15 @@ def test_a_weight_packed_for_other_inputs_is_refused():
         ops.pack(numbers(4, 4, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_room_is_memory_in_large_pages(dtype: torch.dtype):
+    for values in (1, 1000, 3 << 20):
+        room = ops.room(torch.empty(0, dtype=dtype), values)
+        assert room.shape == (values,) and room.dtype == dtype
+        assert room.data_ptr() % (2 << 20) == 0
+        assert room.fill_(3).sum() > 0
+
+
 # write
 
 

@@ -34,6 +34,7 @@ CORE = [
     "arena",
     "lowering",
     "program",
+    "planned",
     "compiled",
     "graphs",
     "quantize",
