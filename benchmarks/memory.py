@@ -4,7 +4,8 @@
 
 loading  the most that a process held while it loaded a Llama of random bfloat16 weights and read 8 tokens, beyond what
          it held before, over the bytes of the weights: in all, and without the pages of files, which the system can
-         drop. From one file and from shards, in the dtype saved and in others; transformers' own loading beside it.
+         drop. From one file and from shards, in the dtype saved and in others; with a compiled step, whose weights are
+         packed beside the model's (run twice: the first run may compile); transformers' own loading beside it.
 steps    what a process held while requests were decoded three at a time, and others took the place of those that ended:
          after a tenth of the steps, and the most and the last after them.
 
@@ -36,9 +37,18 @@ from foretoken.rules import Match
 
 ASSETS = Path(__file__).parent.parent / "foretoken" / "assets"
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18, "num_attention_heads": 16}
-LOADERS, DTYPES = ("foretoken", "transformers"), ("bfloat16", "float32", "float16")
-DRAFTERS = {"none": "stories260K", "suffix": "stories260K", "draft_model": "stories260K", "medusa": "stdlib5M"}
-"""Drafter -> the model that it was measured on."""
+LOADERS, DTYPES = ("foretoken", "compiled", "transformers"), ("bfloat16", "float32", "float16")
+UNCOMPILED = ("compiled", "float16")
+"""What is not measured: steps are not compiled in float16."""
+DRAFTERS = {
+    "none": "stories260K",
+    "suffix": "stories260K",
+    "draft_model": "stories260K",
+    "medusa": "stdlib5M",
+    "compiled none": "stories260K",
+    "compiled medusa": "stdlib5M",
+}
+"""Drafter, compiled or not -> the model that it was measured on."""
 ROWS, ROUND = 3, 10
 """Requests decoded together, and of a call."""
 
@@ -68,7 +78,8 @@ def loading(path: str, loader: str, dtype: str) -> dict[str, Any]:
     def read(source: str | Path) -> LlamaForCausalLM:
         if loader == "transformers":
             return LlamaForCausalLM.from_pretrained(source, dtype=dtype)
-        return load(source, dtype=dtype, device="cpu").model  # pyright: ignore[reportReturnType]
+        target = load(source, dtype=dtype, device="cpu", compile=loader == "compiled")
+        return target.settled().model  # pyright: ignore[reportReturnType]
 
     read(ASSETS / "stories260K")(torch.arange(8)[None])  # libraries are loaded
     gc.collect()
@@ -91,9 +102,10 @@ def requests(numbers: Iterator[int]) -> list[Request]:
     return [Request([1, 5 + i % 400, 9], number=i, max_new_tokens=100 + 37 * i % 200) for i in islice(numbers, ROUND)]
 
 
-def growth(name: str, asked: int) -> dict[str, Any]:
+def growth(case: str, asked: int) -> dict[str, Any]:
     """Of this process: bytes held while `asked` steps were made."""
-    target = load(ASSETS / DRAFTERS[name], dtype="float32", device="cpu")
+    compiled, _, name = case.rpartition(" ")
+    target = load(ASSETS / DRAFTERS[case], dtype="float32", device="cpu", compile=bool(compiled))
     settings = {
         "draft_model": {"path": target},
         "medusa": {"path": str(ASSETS / "stdlib5M-medusa")},
@@ -123,13 +135,21 @@ def apart(*command: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def loaded(*asked: str) -> dict[str, Any]:
+    """A line of loading; a step that is to be compiled was compiled before."""
+    if "compiled" in asked:
+        apart("loading", *asked)
+    return apart("loading", *asked)
+
+
 def measured(steps: int) -> dict[str, list[dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         loads = [
-            {"from": kind, "loader": loader, "dtype": dtype} | apart("loading", str(path), loader, dtype)
+            {"from": kind, "loader": loader, "dtype": dtype} | loaded(str(path), loader, dtype)
             for kind, path in checkpoints(Path(folder)).items()
             for loader in LOADERS
             for dtype in DTYPES
+            if (loader, dtype) != UNCOMPILED
         ]
     return {"loading": loads, "steps": [{"drafter": name} | apart("growth", name, str(steps)) for name in DRAFTERS]}
 

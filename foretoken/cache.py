@@ -143,10 +143,10 @@ class SlotCache(Cache):
     ) -> None:
         """`reserve`: the most nodes that one forward writes; a sliding layer has that many slots beside its window."""
         sizes = [capacity if w is None else min(capacity, w - 1 + reserve) for w in windows]
-        self.slots_per_row = sum(sizes)
+        slots = self.slots_per_row = sum(sizes)
 
         def check(bytes_per_slot: int) -> None:
-            require_memory(bytes_per_slot * self.slots_per_row, batch, capacity, device)
+            require_memory(bytes_per_slot * slots, batch, capacity, device)
 
         layers = [
             SlotLayer(s, w, check if i == 0 else None) for i, (s, w) in enumerate(zip(sizes, windows, strict=True))

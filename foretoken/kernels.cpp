@@ -42,7 +42,6 @@ constexpr int ROWS = 12;  // accumulators of so many rows fit in registers
 constexpr int ROWS = 3;
 #endif
 constexpr int64_t SPAN = 64;    // cells of a block that all rows pass before the next ones, while those are fetched
-constexpr int64_t PART = 2048;  // cells of all rows that stay near while the blocks pass
 constexpr int64_t CHUNK = 512;  // positions whose attention is one piece of work
 constexpr int64_t AHEAD = 64;   // positions whose keys are fetched before they are used
 
@@ -338,19 +337,19 @@ template <class T>
 void score(const Head<T>& h, const T** rows, const T* query, T* square, typename Kind<T>::Sum* out,
            int64_t stride) {
   using K = Kind<T>;
-  constexpr int64_t L = K::lanes, SPAN = L * K::pair;  // values that one vector of cells holds
-  const int64_t spans = (h.D + SPAN - 1) / SPAN, Q = h.N * h.G;
-  if (h.D % SPAN)
+  constexpr int64_t L = K::lanes, VALUES = L * K::pair;  // of one vector of cells
+  const int64_t vectors = (h.D + VALUES - 1) / VALUES, Q = h.N * h.G;
+  if (h.D % VALUES)
     for (int i = 0; i < L; i++) {
-      T* whole = square + i * spans * SPAN;
+      T* whole = square + i * vectors * VALUES;
       std::copy_n(rows[i], h.D, whole);
-      std::fill_n(whole + h.D, spans * SPAN - h.D, T(0));
+      std::fill_n(whole + h.D, vectors * VALUES - h.D, T(0));
       rows[i] = whole;
     }
   for (int64_t q = 0; q < Q; q++) {
     typename K::Vec sums[L] = {};
-    for (int64_t c = 0; c < spans * SPAN; c += SPAN) {
-      const auto x = K::cells(query + q * spans * SPAN + c);
+    for (int64_t c = 0; c < vectors * VALUES; c += VALUES) {
+      const auto x = K::cells(query + q * vectors * VALUES + c);
 #pragma GCC unroll 16
       for (int i = 0; i < L; i++) sums[i] = K::mac(sums[i], K::cells(rows[i] + c), x);
     }
@@ -467,8 +466,8 @@ void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T
                   typename Kind<T>::Sum* sums, typename Kind<T>::Sum* tops, typename Kind<T>::Sum* totals) {
   using K = Kind<T>;
   using Sum = typename K::Sum;
-  constexpr int64_t L = K::lanes, SPAN = L * K::pair;
-  const int64_t Q = h.N * h.G, size = (h.D + SPAN - 1) / SPAN * SPAN;
+  constexpr int64_t L = K::lanes, VALUES = L * K::pair;
+  const int64_t Q = h.N * h.G, size = (h.D + VALUES - 1) / VALUES * VALUES;
   const int64_t low = chunk * CHUNK, high = low + CHUNK, committed = std::min(high, h.length);
   room.query.assign(Q * size, T(0));
   room.square.resize(L * size);

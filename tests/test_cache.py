@@ -3,8 +3,10 @@
 Everything in float64, so that a wrong key or a wrong mask is ten orders of magnitude above the rounding.
 """
 
+import gc
 from functools import lru_cache
 from types import SimpleNamespace
+from weakref import ref
 
 import psutil
 import pytest
@@ -378,3 +380,17 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     with torch.no_grad():
         target("full").judge(chain(torch.zeros(2, 1, dtype=torch.int64)), cache)
     assert cache.nbytes == needed + 2 * layers * head * 8  # and the spare row of every store
+
+
+def test_a_cache_is_gone_with_its_last_holder():
+    """Without waiting for the collector of cycles: what one session held is there for the next."""
+    gc.collect()
+    gc.disable()
+    try:
+        cache = small_cache("full", 2)
+        target("full").judge(chain(torch.zeros(2, 1, dtype=torch.int64)), cache)
+        gone = ref(cache)
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
