@@ -104,6 +104,20 @@ def test_the_state_before_the_final_norm():
     assert (got.features - plain.features).abs().max() > 1e-2
 
 
+def test_forwards_that_are_only_timed_are_the_program_that_is_there(monkeypatch: pytest.MonkeyPatch):
+    target = make("llama")
+    step = CompiledTarget(target, inductor=False).settled((0,))
+    prompts, draft = filled(3)
+    with torch.inference_mode():
+        cache_ = target.cache(3, 256, 6)
+        target.read(prompts, LENGTHS, cache_)
+        want = target.judge(draft, cache_)
+        monkeypatch.setattr(Target, "judge", None)
+        read = step.judge(draft, cache_)
+    assert read.features is None
+    assert (read.logits - want.logits).abs().max() <= 1e-9 * want.logits.std()
+
+
 def test_no_more_nodes_than_slots():
     step = CompiledTarget(make("llama"), inductor=False).settled()
     with torch.inference_mode():
