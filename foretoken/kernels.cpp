@@ -14,6 +14,7 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -44,6 +45,7 @@ constexpr int ROWS = 3;
 constexpr int64_t SPAN = 64;    // cells of a block that all rows pass before the next ones, while those are fetched
 constexpr int64_t CHUNK = 512;  // positions whose attention is one piece of work
 constexpr int64_t AHEAD = 64;   // positions whose keys are fetched before they are used
+constexpr std::uint32_t HIGH = 0xffff0000u;  // of two neighbours of bfloat16, the second as a float
 
 using Floats = float __attribute__((vector_size(64)));
 using Doubles = double __attribute__((vector_size(64)));
@@ -65,7 +67,8 @@ inline void fetch(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
-// How a type is multiplied. A cell is what one lane takes at once: two neighbours of bfloat16, else one value.
+// How a type is multiplied. A cell is what one lane takes at once: two neighbours of bfloat16, else one value. It is
+// multiplied in parts: as it is, or, where there is no product of bfloat16, as two floats.
 template <class T>
 struct Kind;
 
@@ -74,9 +77,14 @@ struct Kind<float> {
   using Sum = float;
   using Vec = Floats;
   static constexpr int pair = 1, lanes = 16;
+  using Part = float;
+  static constexpr int parts = 1;
   static Vec cells(const float* p) { return load<Vec>(p); }
-  static Vec spread(const float* p) { return Vec{} + *p; }
   static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
+  static Vec mac(Vec a, Vec w, Part x) { return a + w * x; }
+  template <int>
+  static Vec part(Vec cell) { return cell; }
+  static void part_line(Part* to, const float* cells) { std::memcpy(to, cells, 64); }
   static Vec values(const float* p) { return load<Vec>(p); }
   static void put(float* p, Vec v) { std::memcpy(p, &v, 64); }
 };
@@ -86,9 +94,14 @@ struct Kind<double> {
   using Sum = double;
   using Vec = Doubles;
   static constexpr int pair = 1, lanes = 8;
+  using Part = double;
+  static constexpr int parts = 1;
   static Vec cells(const double* p) { return load<Vec>(p); }
-  static Vec spread(const double* p) { return Vec{} + *p; }
   static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
+  static Vec mac(Vec a, Vec w, Part x) { return a + w * x; }
+  template <int>
+  static Vec part(Vec cell) { return cell; }
+  static void part_line(Part* to, const double* cells) { std::memcpy(to, cells, 64); }
   static Vec values(const double* p) { return load<Vec>(p); }
   static void put(double* p, Vec v) { std::memcpy(p, &v, 64); }
 };
@@ -99,19 +112,29 @@ struct Kind<c10::BFloat16> {
   using Vec = Floats;
   static constexpr int pair = 2, lanes = 16;
   static Words cells(const c10::BFloat16* p) { return load<Words>(p); }
-  static Words spread(const c10::BFloat16* p) {
-    std::uint32_t cell;
-    std::memcpy(&cell, p, 4);
-    return Words{} + cell;
-  }
-  static Vec mac(Vec a, Words w, Words x) {
 #if defined(__AVX512BF16__)
-    return (Vec)_mm512_dpbf16_ps((__m512)a, (__m512bh)w, (__m512bh)x);
+  using Part = std::uint32_t;
+  static constexpr int parts = 1;
+  static Vec mac(Vec a, Words w, Words x) { return (Vec)_mm512_dpbf16_ps((__m512)a, (__m512bh)w, (__m512bh)x); }
+  static Vec mac(Vec a, Words w, Part x) { return mac(a, w, Words{} + x); }
+  template <int>
+  static Words part(Words cell) { return cell; }
+  static void part_line(Part* to, const c10::BFloat16* cells) { std::memcpy(to, cells, 64); }
 #else
-    a += (Vec)(w << 16) * (Vec)(x << 16);
-    return a + (Vec)(w & 0xffff0000u) * (Vec)(x & 0xffff0000u);
-#endif
+  using Part = float;
+  static constexpr int parts = 2;
+  static Vec mac(Vec a, Words w, Words x) { return mac(mac(a, part<0>(w), part<0>(x)), part<1>(w), part<1>(x)); }
+  static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
+  static Vec mac(Vec a, Vec w, Part x) { return a + w * x; }
+  template <int SECOND>
+  static Vec part(Words cell) { return (Vec)(SECOND ? cell & HIGH : cell << 16); }
+  static void part_line(Part* to, const c10::BFloat16* cells) {
+    for (int i = 0; i < 2 * lanes; i += lanes) {
+      const Vec v = values(cells + i);
+      std::memcpy(to + i, &v, 64);
+    }
   }
+#endif
   static Vec values(const c10::BFloat16* p) {
     using Half = std::uint16_t __attribute__((vector_size(32)));
     return (Vec)(__builtin_convertvector(load<Half>(p), Words) << 16);
@@ -170,26 +193,38 @@ constexpr int64_t block_of() {
   return 2 * Kind<T>::lanes;
 }
 
-// The cells of M rows x [M, K] as [K / pair, M]: what is multiplied at once lies together. Writes a square beyond it.
+// M rows x [M, K] in parts [K / pair, parts, M]: what is multiplied at once lies together. Writes a square beyond them.
 template <class T>
-void interleave(const T* x, int64_t stride, int64_t M, int64_t K, T* out) {
+void interleave(const T* x, int64_t stride, int64_t M, int64_t K, typename Kind<T>::Part* out) {
   using V = typename Squares<T>::Vec;
-  constexpr int P = Kind<T>::pair, L = Kind<T>::lanes;
+  constexpr int P = Kind<T>::pair, PARTS = Kind<T>::parts, L = Kind<T>::lanes;
   for (int64_t k = 0; k < K; k += L * P) {
-    V part[L] = {};
+    V cells[L] = {};
     for (int64_t m = 0; m < M; m++) {
-      if (k + L * P <= K) part[m] = load<V>(x + m * stride + k);
-      else std::memcpy(&part[m], x + m * stride + k, sizeof(T) * (K - k));
+      if (k + L * P <= K) cells[m] = load<V>(x + m * stride + k);
+      else std::memcpy(&cells[m], x + m * stride + k, sizeof(T) * (K - k));
     }
-    if (M > 1) turn<typename Squares<T>::Index>(part);
-    if (M == 1) std::memcpy(out + k, part, 64);
-    else for (int c = 0; c < L; c++) std::memcpy(out + (k / P + c) * M * P, &part[c], 64);
+    auto* at = out + k / P * PARTS * M;
+    if (M == 1) {
+      Kind<T>::part_line(at, reinterpret_cast<const T*>(cells));
+      continue;
+    }
+    turn<typename Squares<T>::Index>(cells);
+    for (int c = 0; c < L; c++, at += PARTS * M) {
+      if constexpr (PARTS == 1) {
+        std::memcpy(at, &cells[c], 64);
+      } else {
+        const auto first = Kind<T>::template part<0>(cells[c]), second = Kind<T>::template part<1>(cells[c]);
+        std::memcpy(at, &first, 64);
+        std::memcpy(at + M, &second, 64);
+      }
+    }
   }
 }
 
 // y [M, block] += x w^T for `cells` of one block of packed weights; fetches what lies a span behind them.
 template <class T, int M>
-void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
+void tile(const T* w, const typename Kind<T>::Part* x, int64_t cells, typename Kind<T>::Sum* y) {
   using K = Kind<T>;
   constexpr int P = K::pair, L = K::lanes;
   constexpr int64_t BLOCK = block_of<T>();
@@ -199,15 +234,18 @@ void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
     a[m] = load<typename K::Vec>(y + m * BLOCK);
     b[m] = load<typename K::Vec>(y + m * BLOCK + L);
   }
-  for (int64_t k = 0; k < cells; k++, w += BLOCK * P) {
+  for (int64_t k = 0; k < cells; k++, w += BLOCK * P, x += M * K::parts) {
     if constexpr (M > 2) fetch(w + SPAN * BLOCK * P, BLOCK * P);  // one or two rows leave that to the processor
     const auto w0 = K::cells(w), w1 = K::cells(w + L * P);
+    const auto step = [&](auto u, auto v, const auto* part) __attribute__((always_inline)) {
 #pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-      const auto xm = K::spread(x + (k * M + m) * P);
-      a[m] = K::mac(a[m], w0, xm);
-      b[m] = K::mac(b[m], w1, xm);
-    }
+      for (int m = 0; m < M; m++) {
+        a[m] = K::mac(a[m], u, part[m]);
+        b[m] = K::mac(b[m], v, part[m]);
+      }
+    };
+    step(K::template part<0>(w0), K::template part<0>(w1), x);
+    if constexpr (K::parts == 2) step(K::template part<1>(w0), K::template part<1>(w1), x + M);
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; m++) {
@@ -217,7 +255,7 @@ void tile(const T* w, const T* x, int64_t cells, typename Kind<T>::Sum* y) {
 }
 
 template <class T>
-using Tile = void (*)(const T*, const T*, int64_t, typename Kind<T>::Sum*);
+using Tile = void (*)(const T*, const typename Kind<T>::Part*, int64_t, typename Kind<T>::Sum*);
 
 template <class T, int... M>
 Tile<T> tile_of(int64_t rows, std::integer_sequence<int, M...>) {
@@ -239,21 +277,22 @@ inline void give(const typename Kind<T>::Sum* sums, const T* bias, int64_t width
 
 template <class T>
 void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
+  using Part = typename Kind<T>::Part;
   using Sum = typename Kind<T>::Sum;
-  constexpr int64_t P = Kind<T>::pair, BLOCK = block_of<T>();
+  constexpr int64_t P = Kind<T>::pair, PARTS = Kind<T>::parts, BLOCK = block_of<T>();
   const int64_t M = x.size(0), K = x.size(1), N = y.size(1), cells = (K + P - 1) / P;
   const int64_t passes = (M + rows_of<T>() - 1) / rows_of<T>();
   const T *xs = x.const_data_ptr<T>(), *ws = packed.const_data_ptr<T>();
   T* ys = y.data_ptr<T>();
   at::parallel_for(0, (N + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<T> rows;
+    static thread_local std::vector<Part> rows;
     static thread_local std::vector<Sum> sums;
-    const int64_t square = 16 * 16 * P;
-    if (rows.size() < size_t(M * (cells + 16) * P + square)) rows.resize(M * (cells + 16) * P + square);
+    const int64_t most = (M * (cells + 16) + 16 * 16) * PARTS;
+    if (int64_t(rows.size()) < most) rows.resize(most);
     const auto first = [&](int64_t pass) { return M * pass / passes; };
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t m = first(pass);
-      interleave(xs + m * x.stride(0), x.stride(0), first(pass + 1) - m, K, rows.data() + m * cells * P);
+      interleave(xs + m * x.stride(0), x.stride(0), first(pass + 1) - m, K, rows.data() + m * cells * PARTS);
     }
     const int64_t span = passes > 1 ? SPAN : cells;
     for (int64_t block = begin; block < end; block++) {
@@ -263,7 +302,7 @@ void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
         for (int64_t pass = 0; pass < passes; pass++) {
           const int64_t m0 = first(pass), count = first(pass + 1) - m0;
           const auto work = tile_of<T>(count, std::make_integer_sequence<int, rows_of<T>()>{});
-          work(ws + (block * cells + cell) * P * BLOCK, rows.data() + (m0 * cells + count * cell) * P,
+          work(ws + (block * cells + cell) * P * BLOCK, rows.data() + (m0 * cells + count * cell) * PARTS,
                std::min(span, cells - cell), sums.data() + m0 * BLOCK);
         }
       for (int64_t m = 0; m < M; m++)
@@ -876,3 +915,48 @@ TORCH_LIBRARY_IMPL(foretoken, CPU, m) {
 }
 
 }  // namespace
+
+// What compiled programs call, without a look-up by name and a list of arguments (`kernels.SHIMS` declares them).
+using torch::aot_inductor::new_tensor_handle;
+
+static at::Tensor& held(AtenTensorHandle handle) {
+  return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
+}
+
+static std::optional<at::Tensor> maybe(const AtenTensorHandle* handle) {
+  return handle ? std::make_optional(held(*handle)) : std::nullopt;
+}
+
+extern "C" {
+
+AOTITorchError aoti_torch_cpu_linear(AtenTensorHandle x, AtenTensorHandle packed, const AtenTensorHandle* bias,
+                                     int64_t outputs, AtenTensorHandle* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
+      { *out = new_tensor_handle(linear(held(x), held(packed), maybe(bias), outputs)); });
+}
+
+AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTensorHandle keys, AtenTensorHandle values,
+                                     AtenTensorHandle plan, double scale, double cap, const AtenTensorHandle* sinks,
+                                     AtenTensorHandle* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *out = new_tensor_handle(attend(held(query), held(keys), held(values), held(plan), scale, cap, maybe(sinks)));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_write(AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle new_keys,
+                                    AtenTensorHandle new_values, AtenTensorHandle slot, AtenTensorHandle*) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
+      { write(held(keys), held(values), held(new_keys), held(new_values), held(slot)); });
+}
+
+AOTITorchError aoti_torch_cpu_race(AtenTensorHandle values, AtenTensorHandle temperature, AtenTensorHandle key,
+                                   AtenTensorHandle position, AtenTensorHandle* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE(
+      { *out = new_tensor_handle(race(held(values), held(temperature), held(key), held(position))); });
+}
+
+AOTITorchError aoti_torch_cpu_keep(AtenTensorHandle x, AtenTensorHandle* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({ *out = new_tensor_handle(keep(held(x))); });
+}
+
+}  // extern "C"

@@ -4,6 +4,7 @@
 position, `write` and `move` change it in place. Results do not depend on how many rows or nodes a call has.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -37,6 +39,7 @@ def load_kernels() -> None:
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             build(path)
+    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # compiled programs call into it
     torch.ops.load_library(str(path))
     for name, like in SHAPES.items():
         torch.library.register_fake(f"foretoken::{name}", like, allow_override=True)
@@ -127,3 +130,22 @@ SHAPES = {
     "move": move_like,
 }
 """What comes out of each operator, for tracing."""
+
+TENSOR, MAYBE, OUT = "AtenTensorHandle", "const AtenTensorHandle*", "AtenTensorHandle*"
+CALLED = {
+    "linear": (TENSOR, TENSOR, MAYBE, "int64_t", OUT),
+    "attend": (TENSOR, TENSOR, TENSOR, TENSOR, "double", "double", MAYBE, OUT),
+    "write": (TENSOR, TENSOR, TENSOR, TENSOR, TENSOR, OUT),
+    "race": (TENSOR, TENSOR, TENSOR, TENSOR, OUT),
+    "keep": (TENSOR, OUT),
+}
+"""Types of the arguments of the functions that compiled programs call."""
+
+
+def shims() -> dict[Any, list[str]]:
+    """Their declarations, as inductor wants them."""
+    ops: Any = torch.ops.foretoken
+    return {
+        getattr(ops, name).default: [f"AOTITorchError aoti_torch_cpu_{name}({', '.join(types)})"]
+        for name, types in CALLED.items()
+    }

@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foretoken.kernels import fingerprint, folder, load_kernels
+from foretoken.kernels import fingerprint, folder, load_kernels, shims
 from foretoken.lowering import Source, lower, tensors
 
 Progress = Callable[[str], None]
@@ -129,7 +129,11 @@ def compile_into(path: Path, recipe: Recipe, tell: Progress) -> None:
         whole = torch.export.export(
             lowered.graph, (*given, *leaves), dynamic_shapes=(*({} for _ in given), *dynamic), strict=False
         )
-        settings = {"cpp.threads": torch.get_num_threads(), "cpp.min_chunk_size": CHUNK}
+        settings = {
+            "cpp.threads": torch.get_num_threads(),
+            "cpp.min_chunk_size": CHUNK,
+            "aot_inductor.custom_ops_to_c_shims": shims(),
+        }
         aoti_compile_and_package(whole, package_path=str(path / "program.pt2"), inductor_configs=settings)
     save_file({k: v.contiguous() for k, v in lowered.constants.items()}, path / "constants.safetensors")
     (path / "inputs.json").write_text(json.dumps([asdict(s) for s in lowered.sources]))
