@@ -83,9 +83,8 @@ class SlotLayer(CacheLayerMixin):
     def blank(self, like: "SlotLayer", batch: int) -> None:
         """Allocate `batch` empty rows shaped like another's, unless there are rows already."""
         if self.keys is None and like.keys is not None and like.values is not None:
-            self.heads, size = like.heads, batch * like.heads * self.size + 1
-            self.keys, self.values = (store.new_zeros(size, store.shape[1]) for store in (like.keys, like.values))
-            self.is_initialized = True
+            shapes = [store.new_empty(batch, like.heads, 0, store.shape[1]) for store in (like.keys, like.values)]
+            self.lazy_initialization(*shapes)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [B, heads, N, D] keys and values; return those that the nodes may see, [B, heads, slots, D]."""
@@ -174,6 +173,11 @@ class SlotCache(Cache):
             held = [(layer, store) for layer in self.slots for store in (layer.keys, layer.values)]
             self._stores = [layer.rows(store) for layer, store in held if store is not None]
         return self._stores
+
+    def blank(self, like: "SlotCache") -> None:
+        """Allocate what the first tokens would, shaped like the layers of another cache."""
+        for mine, theirs in zip(self.slots, like.slots, strict=True):
+            mine.blank(theirs, len(self.lengths))
 
     def require_room(self, nodes: int) -> None:
         """`UserError` unless every row has so many slots left."""

@@ -1,8 +1,8 @@
 """A target whose steps are compiled: one program for every batch, width, tree and length.
 
 What the model does to the nodes of a draft is traced with a cache of slots that is written in place and attention by
-position (`kernels.cpp`). Prompts are read by the model itself. A node gets the same bits whatever stands beside it and
-whatever the tree, even in bfloat16: after the same prompts, drafts change nothing.
+position (`kernels.cpp`). A node gets the same bits whatever stands beside it and whatever the tree, even in bfloat16:
+drafts change nothing, nor do neighbours where prompts are read by the program too (`CompiledTarget.reads`).
 """
 
 import copy
@@ -25,20 +25,24 @@ from foretoken.advance import Advance, Terms, decided, is_plain
 from foretoken.attention import NAME
 from foretoken.cache import SlotCache
 from foretoken.errors import UserError
-from foretoken.kernels import DTYPES
+from foretoken.kernels import DTYPES, processor_flags
 from foretoken.noise import Noise
 from foretoken.planned import PlannedCache
 from foretoken.program import Program, Progress, Recipe, is_there, place, program
 from foretoken.rules import Rule
 from foretoken.sampling import Sampler, Scores
 from foretoken.target import Read, Target
-from foretoken.tree import Draft
+from foretoken.tree import Draft, chain
 
 ops: Any = torch.ops
 
 
 UNTRACED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 """What a configuration says that no trace depends on: models that differ in it alone share a program."""
+
+
+PIECE = 48
+"""Tokens of a prompt that the program reads at once: products are what takes time then, not weights."""
 
 
 class Raced(Scores):
@@ -134,6 +138,22 @@ class CompiledTarget(Target):
                 recipe = recipe_for(self.eager, features)
                 self.programs[features] = program(recipe, self.progress, inductor=self.inductor)
 
+    @cached_property
+    def sample(self) -> SlotCache:
+        """A cache that holds a token: what the slots of each layer look like."""
+        cache = self.eager.cache(1, 1)
+        self.eager.read(torch.zeros(1, 1, dtype=torch.int64), [1], cache)
+        return cache
+
+    @cached_property
+    def reads(self) -> bool:
+        """Whether prompts are read by the program: where the model's own products of matrices are slow."""
+        return self.dtype == torch.bfloat16 and "amx_bf16" not in processor_flags()
+
+    @property
+    def chunk(self) -> int:
+        return min(PIECE, super().chunk) if self.reads else super().chunk
+
     def judge(self, draft: Draft, cache: SlotCache, features: Sequence[int] = ()) -> Read:
         """Read a whole draft behind the committed tokens: logits and features at every node.
 
@@ -146,6 +166,31 @@ class CompiledTarget(Target):
             return super().judge(draft, cache, features)
         out = self.run(work, draft, cache, self.nothing(len(draft.tokens)))
         return Read(out[0], out[2] if features else None)
+
+    def extend(
+        self,
+        tokens: Tensor,
+        depth: Tensor,
+        ancestors: Tensor | None,
+        cache: SlotCache,
+        *,
+        offset: int = 0,
+        count: list[int] | None = None,
+        at: Sequence[int] | None = None,
+        features: Sequence[int] = (),
+    ) -> Read:
+        """As the model does; a piece of a prompt by the program, if prompts are read by it.
+
+        What stands behind the first `count[b]` tokens of a row is written as well, into slots that are free.
+        """
+        work = self.programs.get(tuple(features))
+        free = cache.longest + tokens.shape[1] <= cache.capacity
+        if work is None or ancestors is not None or offset or not free or not self.reads:
+            return super().extend(tokens, depth, ancestors, cache, offset=offset, count=count, at=at, features=features)
+        if not cache.stores:
+            cache.blank(self.sample)
+        out = self.run(work, chain(tokens), cache, self.nothing(len(tokens)))
+        return Read(out[0] if at is None else out[0][:, at], out[2] if features else None)
 
     def advance(
         self,

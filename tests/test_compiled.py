@@ -75,6 +75,27 @@ def test_every_family_says_what_the_eager_model_says(name: str):
         assert any((a != b).any() for a, b in zip(before, mine.stores, strict=True))  # nodes were written
 
 
+@pytest.mark.parametrize("name", COMPILABLE)
+def test_prompts_that_the_program_reads(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A ragged batch in pieces, and more behind it, is what the model reads: logits, features, and what drafts see."""
+    monkeypatch.setattr(CompiledTarget, "reads", True)
+    target, features = make(name), (0, 1, -1)
+    step = CompiledTarget(target, inductor=False).settled(features)
+    tolerance = 1e-5 if name == "gemma2" else 1e-9
+    prompts, draft = filled(3)
+    with torch.inference_mode():
+        mine, theirs = step.cache(3, 256, 6), target.cache(3, 256, 6)
+        for _ in range(2):
+            got, want = (t.read(prompts, LENGTHS, c, features) for t, c in ((step, mine), (target, theirs)))
+            assert got.features is not None and want.features is not None
+            assert (got.logits - want.logits).abs().max() <= tolerance * want.logits.std()
+            for a, b, n in zip(got.features, want.features, LENGTHS, strict=True):
+                assert (a[:n] - b[:n]).abs().max() <= tolerance * b[:n].std()
+            assert mine.lengths == theirs.lengths
+            seen, should = (target.judge(draft, c).logits for c in (mine, theirs))
+            assert (seen - should).abs().max() <= tolerance * should.std()
+
+
 @pytest.mark.parametrize("name", SELF_ATTENTION)
 def test_models_that_attend_by_themselves_are_refused(name: str):
     with pytest.raises(UserError, match=r"^\w+ForCausalLM computes attention by itself, which cannot be compiled; "):

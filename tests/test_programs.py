@@ -172,22 +172,20 @@ def test_rows_leave_and_the_cache_in_use_is_the_new_one(steps: dict[str, Compile
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_outputs_are_the_same_with_every_drafter(steps: dict[str, CompiledTarget], temperature: float):
-    """Token for token in bfloat16, where eager decoding may part at near-ties.
-
-    Prompts are read by the model itself, and what it reads together decides their bits: other batch sizes may part.
-    """
+def test_outputs_are_the_same_with_every_drafter_in_every_batch(
+    steps: dict[str, CompiledTarget], temperature: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Token for token in bfloat16, where eager decoding may part at near-ties."""
+    monkeypatch.setattr(CompiledTarget, "reads", True)
     step = steps["grouped"]
     prompts = [prompt(n, n)[0].tolist() * 3 for n in (4, 9, 30)]
-    for size in (1, 2, 3):
-        outputs = [
-            foretoken.generate(
-                step, prompts, drafter=drafter, max_new_tokens=40, temperature=temperature, batch_size=size
-            )
-            for drafter in ("none", "lookahead", "suffix")
-        ]
-        assert len({tuple(tuple(o.token_ids) for o in found) for found in outputs}) == 1
-        assert any(sum(o.drafted) for o in outputs[1])  # guesses were accepted
+    outputs = [
+        foretoken.generate(step, prompts, drafter=drafter, max_new_tokens=40, temperature=temperature, batch_size=size)
+        for size in (1, 2, 3)
+        for drafter in ("none", "lookahead", "suffix")
+    ]
+    assert len({tuple(tuple(o.token_ids) for o in found) for found in outputs}) == 1
+    assert all(any(sum(o.drafted) for o in found) for found in outputs[1::3])  # guesses were accepted
 
 
 def test_what_all_layers_use_is_computed_once():
