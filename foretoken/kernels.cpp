@@ -47,6 +47,13 @@ constexpr int64_t CHUNK = 512;  // positions whose attention is one piece of wor
 constexpr int64_t AHEAD = 64;   // positions whose keys are fetched before they are used
 constexpr std::uint32_t HIGH = 0xffff0000u;  // of two neighbours of bfloat16, the second as a float
 
+// Whether one or two rows fetch weights ahead as well: Intel's processors read faster so, AMD's do by themselves.
+#if defined(__x86_64__) && defined(__GNUC__)
+const bool FETCHES = __builtin_cpu_is("intel");
+#else
+constexpr bool FETCHES = false;
+#endif
+
 using Floats = float __attribute__((vector_size(64)));
 using Doubles = double __attribute__((vector_size(64)));
 using Ints = std::int32_t __attribute__((vector_size(64)));
@@ -235,7 +242,7 @@ void tile(const T* w, const typename Kind<T>::Part* x, int64_t cells, typename K
     b[m] = load<typename K::Vec>(y + m * BLOCK + L);
   }
   for (int64_t k = 0; k < cells; k++, w += BLOCK * P, x += M * K::parts) {
-    if constexpr (M > 2) fetch(w + SPAN * BLOCK * P, BLOCK * P);  // one or two rows leave that to the processor
+    if (M > 2 || FETCHES) fetch(w + SPAN * BLOCK * P, BLOCK * P);
     const auto w0 = K::cells(w), w1 = K::cells(w + L * P);
     const auto step = [&](auto u, auto v, const auto* part) __attribute__((always_inline)) {
 #pragma GCC unroll 12
