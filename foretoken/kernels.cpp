@@ -923,7 +923,7 @@ TORCH_LIBRARY_IMPL(foretoken, CPU, m) {
 
 }  // namespace
 
-// What compiled programs call, without a look-up by name and a list of arguments (`kernels.SHIMS` declares them).
+// What compiled programs call, without a look-up by name and a list of arguments (`kernels.shims` declares them).
 using torch::aot_inductor::new_tensor_handle;
 
 static at::Tensor& held(AtenTensorHandle handle) {

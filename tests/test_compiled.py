@@ -84,12 +84,12 @@ def test_prompts_that_the_program_reads(name: str, monkeypatch: pytest.MonkeyPat
     tolerance = 1e-5 if name == "gemma2" else 1e-9
     prompts, draft = filled(3)
     with torch.inference_mode():
-        mine, theirs = step.cache(3, 256, 6), target.cache(3, 256, 6)
-        for _ in range(2):
-            got, want = (t.read(prompts, LENGTHS, c, features) for t, c in ((step, mine), (target, theirs)))
+        mine, theirs = step.cache(3, 150, 6), target.cache(3, 150, 6)  # the last piece finds no room for its padding
+        for lengths in (LENGTHS, LENGTHS[::-1]):
+            got, want = (t.read(prompts, lengths, c, features) for t, c in ((step, mine), (target, theirs)))
             assert got.features is not None and want.features is not None
             assert (got.logits - want.logits).abs().max() <= tolerance * want.logits.std()
-            for a, b, n in zip(got.features, want.features, LENGTHS, strict=True):
+            for a, b, n in zip(got.features, want.features, lengths, strict=True):
                 assert (a[:n] - b[:n]).abs().max() <= tolerance * b[:n].std()
             assert mine.lengths == theirs.lengths
             seen, should = (target.judge(draft, c).logits for c in (mine, theirs))
