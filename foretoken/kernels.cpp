@@ -28,7 +28,7 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -37,10 +37,12 @@ namespace {
 using at::Tensor;
 using std::int64_t;
 
+// Rows whose accumulators fit in registers: times two vectors of outputs, times a tree of partial sums of scores, times
+// four vectors of values.
 #if defined(__AVX512F__)
-constexpr int ROWS = 12;  // accumulators of so many rows fit in registers
+constexpr int ROWS = 12, TURNED = 4, MIXED = 6;
 #else
-constexpr int ROWS = 3;
+constexpr int ROWS = 3, TURNED = 1, MIXED = 4;
 #endif
 constexpr int64_t SPAN = 64;    // cells of a block that all rows pass before the next ones, while those are fetched
 constexpr int64_t CHUNK = 512;  // positions whose attention is one piece of work
@@ -70,7 +72,6 @@ inline V load(const P* from) {
 // Begin to bring `count` values nearer; it does no harm if there are none.
 template <class T>
 inline void fetch(const T* from, int64_t count) {
-#pragma GCC unroll 2
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
@@ -144,7 +145,11 @@ struct Kind<c10::BFloat16> {
 #endif
   static Vec values(const c10::BFloat16* p) {
     using Half = std::uint16_t __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+    return (Vec)((Words)_mm512_cvtepu16_epi32((__m256i)load<Half>(p)) << 16);  // GCC 12 takes four instructions for one
+#else
     return (Vec)(__builtin_convertvector(load<Half>(p), Words) << 16);
+#endif
   }
   static void put(c10::BFloat16* p, Vec v) {
     using Half = std::uint16_t __attribute__((vector_size(32)));
@@ -200,32 +205,56 @@ constexpr int64_t block_of() {
   return 2 * Kind<T>::lanes;
 }
 
-// M rows x [M, K] in parts [K / pair, parts, M]: what is multiplied at once lies together. Writes a square beyond them.
-template <class T>
-void interleave(const T* x, int64_t stride, int64_t M, int64_t K, typename Kind<T>::Part* out) {
-  using V = typename Squares<T>::Vec;
+// Rows that are multiplied together: M of them in as few passes of at most `most` as can be.
+struct Passes {
+  int64_t count, least, more;
+
+  Passes(int64_t M, int64_t most)
+      : count(std::max<int64_t>((M + most - 1) / most, 1)), least(M / count), more(M % count) {}
+  int64_t first(int64_t pass) const { return pass * least + std::min(pass, more); }
+  int64_t rows(int64_t pass) const { return least + (pass < more); }
+};
+
+// A vector of cells from the k-th value on of each of `count` rows of K values, turned: cells[c] holds all c-th ones.
+template <class T, int L, class V, class Row>
+inline void columns(const Row& row, int64_t count, int64_t k, int64_t K, V (&cells)[L]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < L; m++) {
+    cells[m] = V{};
+    if (m >= count) continue;
+    if (k + L * Kind<T>::pair <= K) cells[m] = load<V>(row(m) + k);
+    else std::memcpy(&cells[m], row(m) + k, sizeof(T) * (K - k));
+  }
+  turn<typename Squares<T>::Index>(cells);
+}
+
+// The parts [parts, ..] of a vector of cells, `stride` apart.
+template <class T, class V>
+inline void put_parts(V cells, int64_t stride, typename Kind<T>::Part* to) {
+  if constexpr (Kind<T>::parts == 1) {
+    std::memcpy(to, &cells, 64);
+  } else {
+    const auto first = Kind<T>::template part<0>(cells), second = Kind<T>::template part<1>(cells);
+    std::memcpy(to, &first, 64);
+    std::memcpy(to + stride, &second, 64);
+  }
+}
+
+// M rows of K values in parts [K / pair, parts, M]: what is multiplied at once lies together. Writes a square too far.
+template <class T, class Row>
+void interleave(const Row& row, int64_t M, int64_t K, typename Kind<T>::Part* out) {
   constexpr int P = Kind<T>::pair, PARTS = Kind<T>::parts, L = Kind<T>::lanes;
   for (int64_t k = 0; k < K; k += L * P) {
-    V cells[L] = {};
-    for (int64_t m = 0; m < M; m++) {
-      if (k + L * P <= K) cells[m] = load<V>(x + m * stride + k);
-      else std::memcpy(&cells[m], x + m * stride + k, sizeof(T) * (K - k));
-    }
     auto* at = out + k / P * PARTS * M;
     if (M == 1) {
-      Kind<T>::part_line(at, reinterpret_cast<const T*>(cells));
+      T line[L * P] = {};
+      std::memcpy(line, row(0) + k, sizeof(T) * std::min<int64_t>(L * P, K - k));
+      Kind<T>::part_line(at, line);
       continue;
     }
-    turn<typename Squares<T>::Index>(cells);
-    for (int c = 0; c < L; c++, at += PARTS * M) {
-      if constexpr (PARTS == 1) {
-        std::memcpy(at, &cells[c], 64);
-      } else {
-        const auto first = Kind<T>::template part<0>(cells[c]), second = Kind<T>::template part<1>(cells[c]);
-        std::memcpy(at, &first, 64);
-        std::memcpy(at + M, &second, 64);
-      }
-    }
+    typename Squares<T>::Vec cells[L];
+    columns<T>(row, M, k, K, cells);
+    for (int c = 0; c < L; c++) put_parts<T>(cells[c], M, at + c * PARTS * M);
   }
 }
 
@@ -288,7 +317,7 @@ void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
   using Sum = typename Kind<T>::Sum;
   constexpr int64_t P = Kind<T>::pair, PARTS = Kind<T>::parts, BLOCK = block_of<T>();
   const int64_t M = x.size(0), K = x.size(1), N = y.size(1), cells = (K + P - 1) / P;
-  const int64_t passes = (M + rows_of<T>() - 1) / rows_of<T>();
+  const Passes passes(M, rows_of<T>());
   const T *xs = x.const_data_ptr<T>(), *ws = packed.const_data_ptr<T>();
   T* ys = y.data_ptr<T>();
   at::parallel_for(0, (N + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
@@ -296,18 +325,18 @@ void multiply(const Tensor& x, const Tensor& packed, const T* bias, Tensor& y) {
     static thread_local std::vector<Sum> sums;
     const int64_t most = (M * (cells + 16) + 16 * 16) * PARTS;
     if (int64_t(rows.size()) < most) rows.resize(most);
-    const auto first = [&](int64_t pass) { return M * pass / passes; };
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t m = first(pass);
-      interleave(xs + m * x.stride(0), x.stride(0), first(pass + 1) - m, K, rows.data() + m * cells * PARTS);
+    for (int64_t pass = 0; pass < passes.count; pass++) {
+      const T* from = xs + passes.first(pass) * x.stride(0);
+      interleave<T>([&](int64_t m) { return from + m * x.stride(0); }, passes.rows(pass), K,
+                    rows.data() + passes.first(pass) * cells * PARTS);
     }
-    const int64_t span = passes > 1 ? SPAN : cells;
+    const int64_t span = passes.count > 1 ? SPAN : cells;
     for (int64_t block = begin; block < end; block++) {
       const int64_t n0 = block * BLOCK, width = std::min(BLOCK, N - n0);
       sums.assign(M * BLOCK, Sum(0));
       for (int64_t cell = 0; cell < cells; cell += span)
-        for (int64_t pass = 0; pass < passes; pass++) {
-          const int64_t m0 = first(pass), count = first(pass + 1) - m0;
+        for (int64_t pass = 0; pass < passes.count; pass++) {
+          const int64_t m0 = passes.first(pass), count = passes.rows(pass);
           const auto work = tile_of<T>(count, std::make_integer_sequence<int, rows_of<T>()>{});
           work(ws + (block * cells + cell) * P * BLOCK, rows.data() + (m0 * cells + count * cell) * PARTS,
                std::min(span, cells - cell), sums.data() + m0 * BLOCK);
@@ -342,7 +371,7 @@ inline Doubles exponential(Doubles x) {
   return x;
 }
 
-// The heads of one layer that share keys, and what their queries see.
+// The heads of one layer that share keys, what their queries see, and a chunk of positions: one piece of work.
 template <class T>
 struct Head {
   using K = Kind<T>;
@@ -353,19 +382,37 @@ struct Head {
   int64_t length, window;          // committed tokens; 0: all of them are seen
   const int64_t* plan;             // [N, 2 + M]
   Sum scale, cap;
+  int64_t low;                     // the chunk's first position
+
+  int64_t high() const { return low + CHUNK; }
+  int64_t committed() const { return std::min(high(), length); }
+  // The first position that any query sees, or a few before it.
+  int64_t oldest() const { return window > 0 ? std::max(low, (length - window + 1) / K::lanes * K::lanes) : low; }
 
   int64_t slot(int64_t position) const { return position < S ? position : position % S; }
+  const T* key(int64_t position) const { return keys + slot(position) * key_stride; }
+  const T* value(int64_t position) const { return values + slot(position) * value_stride; }
+  const T* query_of(int64_t q) const { return query + q / G * by_node + q % G * by_head; }
 };
 
 // What a thread works in.
-template <class Sum, class T>
 struct Room {
-  std::vector<T> query, square;
-  std::vector<Sum> scores, branch, sums;
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> lines[4];
   std::vector<int64_t> path, depth;
+
+  // Room `which` for `count` values, of which nothing is known.
+  template <class V>
+  V* of(int which, int64_t count) {
+    const size_t size = (count * sizeof(V) + 63) / 64;
+    if (lines[which].size() < size) lines[which].resize(size);
+    return reinterpret_cast<V*>(lines[which].data());
+  }
 };
 
-// The sums of L vectors, one to a lane.
+// The sums of L vectors, one to a lane: neighbours first.
 template <class Index, int STEP = 1, int L, class V>
 inline V totals_of(V (&rows)[L]) {
   if constexpr (STEP < L) {
@@ -378,95 +425,186 @@ inline V totals_of(V (&rows)[L]) {
   } else return rows[0];
 }
 
-// Scores [Q, lanes] of all queries and the keys at `lanes` slots.
+// The queries of a head against squares of keys. Few are multiplied with keys as they lie, and lanes are added in the
+// end; many with keys that were turned once for all of them. Products are added in the same order.
 template <class T>
-void score(const Head<T>& h, const T** rows, const T* query, T* square, typename Kind<T>::Sum* out,
-           int64_t stride) {
+struct Queries {
   using K = Kind<T>;
-  constexpr int64_t L = K::lanes, VALUES = L * K::pair;  // of one vector of cells
-  const int64_t vectors = (h.D + VALUES - 1) / VALUES, Q = h.N * h.G;
-  if (h.D % VALUES)
-    for (int i = 0; i < L; i++) {
-      T* whole = square + i * vectors * VALUES;
-      std::copy_n(rows[i], h.D, whole);
-      std::fill_n(whole + h.D, vectors * VALUES - h.D, T(0));
-      rows[i] = whole;
-    }
-  for (int64_t q = 0; q < Q; q++) {
-    typename K::Vec sums[L] = {};
-    for (int64_t c = 0; c < vectors * VALUES; c += VALUES) {
-      const auto x = K::cells(query + q * vectors * VALUES + c);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; i++) sums[i] = K::mac(sums[i], K::cells(rows[i] + c), x);
-    }
-    auto s = totals_of<typename Squares<T>::Index>(sums) * h.scale;
-    if (h.cap > 0)
-      for (int l = 0; l < L; l++) s[l] = h.cap * std::tanh(s[l] / h.cap);
-    std::memcpy(out + q * stride, &s, 64);
-  }
-}
+  using Sum = typename K::Sum;
+  using Vec = typename K::Vec;
+  using Part = typename K::Part;
+  static constexpr int L = K::lanes, VALUES = L * K::pair, PARTS = K::parts;
+  template <int M>
+  struct Sums {
+    Vec of[M];
+  };
 
-// sums [Q, E] += weight [Q] times the values at one slot; of queries `first ..` only.
-template <class T>
-void gather(const Head<T>& h, const T* value, const typename Kind<T>::Sum* weight, int64_t stride, int64_t first,
-            int64_t count, typename Kind<T>::Sum* sums) {
-  using K = Kind<T>;
-  constexpr int L = K::lanes;
-  for (int64_t e = 0; e < h.E; e += L) {
-    if (e + L <= h.E) {
-      const auto v = K::values(value + e);
-      for (int64_t q = first; q < first + count; q++) {
-        auto* at = sums + q * h.E + e;
-        auto s = load<typename K::Vec>(at);
-        s += v * weight[q * stride];
-        std::memcpy(at, &s, 64);
+  const Head<T>& h;
+  const int64_t Q = h.N * h.G, vectors = (h.D + VALUES - 1) / VALUES, size = vectors * VALUES;
+  const bool turned = TURNED > 1 && Q > (PARTS > 1 ? 2 : 2 * vectors);  // it costs less than it spares
+  const Passes passes{Q, TURNED};
+  T *rows = nullptr, *square = nullptr;     // as they lie: queries [Q, size], and keys [L, size] of other sizes
+  Part *parts = nullptr, *keys = nullptr;  // turned: queries, interleaved by passes, and keys [vectors, L, PARTS, L]
+
+  Queries(const Head<T>& h, Room& room) : h(h) {
+    if (turned) {
+      parts = room.of<Part>(0, (Q * vectors + L) * L * PARTS);
+      keys = room.of<Part>(1, vectors * L * PARTS * L);
+      for (int64_t pass = 0; pass < passes.count; pass++) {
+        const int64_t q = passes.first(pass);
+        interleave<T>([&](int64_t m) { return h.query_of(q + m); }, passes.rows(pass), h.D,
+                      parts + q * vectors * L * PARTS);
       }
     } else {
-      for (int64_t q = first; q < first + count; q++)
-        for (int64_t i = e; i < h.E; i++) sums[q * h.E + i] += typename K::Sum(value[i]) * weight[q * stride];
+      rows = room.of<T>(0, Q * size);
+      square = room.of<T>(1, L * size);
+      for (int64_t q = 0; q < Q; q++) whole(h.query_of(q), rows + q * size);
     }
   }
-}
 
-// sums [Q, E] += weights [Q, positions begin .. end) times values, E a multiple of the lanes: sums stay in registers.
-template <class T, int QUERIES>
-void gather_run(const Head<T>& h, int64_t begin, int64_t end, const typename Kind<T>::Sum* weight, int64_t stride,
-                typename Kind<T>::Sum* sums) {
-  using K = Kind<T>;
-  constexpr int L = K::lanes, WIDE = 4;
-  for (int64_t e = 0; e < h.E; e += WIDE * L) {
-    typename K::Vec s[QUERIES][WIDE];
-    for (int q = 0; q < QUERIES; q++)
-      for (int i = 0; i < WIDE; i++) s[q][i] = load<typename K::Vec>(sums + q * h.E + e + i * L);
-    for (int64_t p = begin; p < end; p++) {
-      const T* value = h.values + h.slot(p) * h.value_stride + e;
-      typename K::Vec v[WIDE];
-#pragma GCC unroll 4
-      for (int i = 0; i < WIDE; i++) v[i] = K::values(value + i * L);
-#pragma GCC unroll 4
-      for (int q = 0; q < QUERIES; q++) {
-        const auto w = weight[q * stride + (p - begin)];
-#pragma GCC unroll 4
-        for (int i = 0; i < WIDE; i++) s[q][i] += v[i] * w;
+  // Scores [Q, L] of all queries and the L keys at `key(i)`.
+  template <class Row>
+  void score(const Row& key, Sum* out, int64_t stride) {
+    if (!turned) return score_as_they_lie(key, out, stride);
+    for (int64_t c = 0; c < vectors; c++) {
+      typename Squares<T>::Vec cells[L];
+      columns<T>(key, L, c * VALUES, h.D, cells);
+#pragma GCC unroll 16
+      for (int l = 0; l < L; l++) put_parts<T>(cells[l], L, keys + (c * L + l) * PARTS * L);
+    }
+    for (int64_t pass = 0; pass < passes.count; pass++) {
+      const int64_t q = passes.first(pass);
+      score_turned(parts + q * vectors * L * PARTS, passes.rows(pass), out + q * stride, stride,
+                   std::make_integer_sequence<int, TURNED>{});
+    }
+  }
+
+ private:
+  void whole(const T* values, T* to) const { std::fill_n(std::copy_n(values, h.D, to), size - h.D, T(0)); }
+
+  void put(Vec scores, Sum* out) const {
+    scores *= h.scale;
+    if (h.cap > 0)
+      for (int l = 0; l < L; l++) scores[l] = h.cap * std::tanh(scores[l] / h.cap);
+    std::memcpy(out, &scores, 64);
+  }
+
+  template <class Row>
+  void score_as_they_lie(const Row& key, Sum* out, int64_t stride) const {
+    const T* lines[L];
+    for (int i = 0; i < L; i++) {
+      lines[i] = key(i);
+      if (h.D == size) continue;
+      whole(lines[i], square + i * size);
+      lines[i] = square + i * size;
+    }
+    for (int64_t q = 0; q < Q; q++) {
+      Vec sums[L] = {};
+      for (int64_t k = 0; k < size; k += VALUES) {
+        const auto x = K::cells(rows + q * size + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++) sums[i] = K::mac(sums[i], K::cells(lines[i] + k), x);
       }
+      put(totals_of<typename Squares<T>::Index>(sums), out + q * stride);
     }
-    for (int q = 0; q < QUERIES; q++)
-      for (int i = 0; i < WIDE; i++) std::memcpy(sums + q * h.E + e + i * L, &s[q][i], 64);
   }
+
+  template <int... M>
+  void score_turned(const Part* x, int64_t count, Sum* out, int64_t stride, std::integer_sequence<int, M...>) const {
+    static constexpr void (Queries::*table[])(const Part*, Sum*, int64_t) const = {&Queries::score_few<M + 1>...};
+    (this->*table[count - 1])(x, out, stride);
+  }
+
+  template <int M>
+  void score_few(const Part* x, Sum* out, int64_t stride) const {
+    const auto sums = sum<M, 0, L>(x);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) put(sums.of[m], out + m * stride);
+  }
+
+  // Of M queries, the products with the cells FIRST .. FIRST + COUNT of all vectors: neighbours first, as `totals_of`.
+  template <int M, int FIRST, int COUNT>
+  inline __attribute__((always_inline)) Sums<M> sum(const Part* x) const {
+    Sums<M> sums = {};
+    if constexpr (COUNT > 1) {
+      sums = sum<M, FIRST, COUNT / 2>(x);
+      const auto others = sum<M, FIRST + COUNT / 2, COUNT / 2>(x);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) sums.of[m] += others.of[m];
+    } else {
+      for (int64_t c = 0; c < vectors; c++)
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++) {
+          const int64_t i = (c * L + FIRST) * PARTS + part;
+          const auto key = load<decltype(K::template part<0>(K::cells(square)))>(keys + i * L);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; m++) sums.of[m] = K::mac(sums.of[m], key, x[i * M + m]);
+        }
+    }
+    return sums;
+  }
+};
+
+// A vector, or its first `count` values and zeros.
+template <bool WHOLE, class V, class P>
+inline V load_some(const P* from, int64_t count) {
+  if constexpr (WHOLE) return load<V>(from);
+  V v = {};
+  std::memcpy(&v, from, sizeof(P) * count);
+  return v;
 }
 
-template <class T>
-void gather_all(const Head<T>& h, int64_t begin, int64_t end, const typename Kind<T>::Sum* weight, int64_t stride,
-                typename Kind<T>::Sum* sums) {
-  const int64_t Q = h.N * h.G;
-  if (h.E % (4 * Kind<T>::lanes) == 0) {
-    int64_t q = 0;
-    for (; q + 4 <= Q; q += 4) gather_run<T, 4>(h, begin, end, weight + q * stride, stride, sums + q * h.E);
-    for (; q < Q; q++) gather_run<T, 1>(h, begin, end, weight + q * stride, stride, sums + q * h.E);
-    return;
+// sums [M, WIDE vectors] += weights [M, positions begin .. end) times what lies at `row(position)`: `count` values of one
+// vector if that is not WHOLE.
+template <class T, int M, int WIDE, bool WHOLE, class Row>
+inline void mix_vectors(const Row& row, int64_t begin, int64_t end, const typename Kind<T>::Sum* weight, int64_t stride,
+                        typename Kind<T>::Sum* sums, int64_t E, int64_t count) {
+  using K = Kind<T>;
+  constexpr int L = K::lanes;
+  typename K::Vec s[M][WIDE];
+#pragma GCC unroll 6
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int i = 0; i < WIDE; i++) s[m][i] = load_some<WHOLE, typename K::Vec>(sums + m * E + i * L, count);
+  T part[L] = {};
+  for (int64_t p = begin; p < end; p++) {
+    if (!WHOLE) std::copy_n(row(p), count, part);
+    typename K::Vec v[WIDE];
+#pragma GCC unroll 4
+    for (int i = 0; i < WIDE; i++) v[i] = K::values(WHOLE ? row(p) + i * L : part);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int i = 0; i < WIDE; i++) s[m][i] += v[i] * weight[m * stride + (p - begin)];
   }
-  for (int64_t p = begin; p < end; p++)
-    gather(h, h.values + h.slot(p) * h.value_stride, weight + (p - begin), stride, 0, Q, sums);
+#pragma GCC unroll 6
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int i = 0; i < WIDE; i++) std::memcpy(sums + m * E + i * L, &s[m][i], sizeof(*sums) * (WHOLE ? L : count));
+}
+
+// sums [M, E] += weights [M, positions begin .. end) times the values [E] at `row(position)`.
+template <class T, int M, class Row>
+void mix_few(const Row& row, int64_t begin, int64_t end, const typename Kind<T>::Sum* weight, int64_t stride,
+             typename Kind<T>::Sum* sums, int64_t E) {
+  constexpr int64_t L = Kind<T>::lanes;
+  int64_t e = 0;
+  const auto from = [&](int64_t p) { return row(p) + e; };
+  for (; e + 4 * L <= E; e += 4 * L) mix_vectors<T, M, 4, true>(from, begin, end, weight, stride, sums + e, E, L);
+  for (; e + L <= E; e += L) mix_vectors<T, M, 1, true>(from, begin, end, weight, stride, sums + e, E, L);
+  if (e < E) mix_vectors<T, M, 1, false>(from, begin, end, weight, stride, sums + e, E, E - e);
+}
+
+// The same for Q of them.
+template <class T, class Row, int... M>
+void mix(const Row& row, int64_t begin, int64_t end, const typename Kind<T>::Sum* weight, int64_t stride,
+         typename Kind<T>::Sum* sums, int64_t E, int64_t Q, std::integer_sequence<int, M...>) {
+  static constexpr decltype(&mix_few<T, 1, Row>) table[] = {mix_few<T, M + 1, Row>...};
+  const Passes passes(Q, sizeof...(M));
+  for (int64_t pass = 0; pass < passes.count; pass++) {
+    const int64_t q = passes.first(pass);
+    table[passes.rows(pass) - 1](row, begin, end, weight + q * stride, stride, sums + q * E, E);
+  }
 }
 
 // The largest of scores [begin, end).
@@ -506,55 +644,49 @@ typename Kind<T>::Sum soften(typename Kind<T>::Sum* scores, int64_t begin, int64
   return sum;
 }
 
-// The chunk's part of each query's attention: sums [Q, E], and per query its largest score and the sum of weights.
+// Scores of the chunk's committed positions; brings keys and values nearer, at last the keys of the next piece.
 template <class T>
-void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T>& room,
-                  typename Kind<T>::Sum* sums, typename Kind<T>::Sum* tops, typename Kind<T>::Sum* totals) {
-  using K = Kind<T>;
-  using Sum = typename K::Sum;
-  constexpr int64_t L = K::lanes, VALUES = L * K::pair;
-  const int64_t Q = h.N * h.G, size = (h.D + VALUES - 1) / VALUES * VALUES;
-  const int64_t low = chunk * CHUNK, high = low + CHUNK, committed = std::min(high, h.length);
-  room.query.assign(Q * size, T(0));
-  room.square.resize(L * size);
-  room.scores.resize(Q * (CHUNK + L));
-  for (int64_t n = 0; n < h.N; n++)
-    for (int64_t g = 0; g < h.G; g++) {
-      std::copy_n(h.query + n * h.by_node + g * h.by_head, h.D, room.query.data() + (n * h.G + g) * size);
-    }
-  const T* rows[L];
-  Sum* scores = room.scores.data();
-  const int64_t stride = CHUNK + L;
-  int64_t oldest = low;  // the first position that any query sees
-  if (h.window > 0) oldest = std::max(low, (h.length - h.window + 1) / L * L);
-  for (int64_t p = oldest / L * L; p < committed; p += L) {
-    for (int i = 0; i < L; i++) {
-      const int64_t slot = h.slot(std::min(p + i, committed - 1));
-      rows[i] = h.keys + slot * h.key_stride;
-      fetch(rows[i] + AHEAD * h.key_stride, h.D);
-      fetch(h.values + slot * h.value_stride, h.E);
-    }
-    score(h, rows, room.query.data(), room.square.data(), scores + (p - low), stride);
+void score_committed(const Head<T>& h, const Head<T>* next, Queries<T>& queries, typename Kind<T>::Sum* scores,
+                     int64_t stride) {
+  constexpr int64_t L = Kind<T>::lanes;
+  const int64_t committed = h.committed();
+  for (int64_t p = h.oldest(); p < committed; p += L) {
+    const int64_t ahead = p + AHEAD;
+    if (ahead < committed) fetch(h.key(ahead), L * h.key_stride);
+    else if (next) fetch(next->key(next->oldest() + ahead - committed), L * h.key_stride);
+    fetch(h.value(p), L * h.value_stride);
+    queries.score([&](int64_t i) { return h.key(std::min(p + i, committed - 1)); }, scores + (p - h.low), stride);
   }
-  // the nodes in flight, seen along each one's path
+}
+
+// Which nodes in flight each query sees: its path, itself at the end.
+template <class T>
+void find_paths(const Head<T>& h, Room& room) {
   room.path.resize(h.N * h.M);
   room.depth.resize(h.N);
-  const bool branches = high > h.length;
-  const int64_t padded = (h.M + L - 1) / L * L;
-  if (branches) {
-    room.branch.resize(Q * padded);
-    for (int64_t p = 0; p < h.M; p += L) {
-      for (int i = 0; i < L; i++)
-        rows[i] = h.keys + h.slot(h.length + std::min<int64_t>(p + i, h.M - 1)) * h.key_stride;
-      score(h, rows, room.query.data(), room.square.data(), room.branch.data() + p, padded);
-    }
-  }
   for (int64_t n = 0; n < h.N; n++) {
     int64_t depth = 0;
     for (int64_t j = 0; j < h.M; j++)
       if (h.plan[n * (2 + h.M) + 2 + j]) room.path[n * h.M + depth++] = j;
-    room.depth[n] = depth;  // nodes that it sees, itself included
+    room.depth[n] = depth;
   }
+}
+
+// The chunk's part of each query's attention: sums [Q, E], and per query its largest score and the sum of weights.
+template <class T>
+void attend_chunk(const Head<T>& h, const Head<T>* next, Room& room, typename Kind<T>::Sum* sums,
+                  typename Kind<T>::Sum* tops, typename Kind<T>::Sum* totals) {
+  using Sum = typename Kind<T>::Sum;
+  constexpr int64_t L = Kind<T>::lanes, stride = CHUNK + L;
+  const int64_t Q = h.N * h.G, low = h.low, high = h.high(), committed = h.committed(), oldest = h.oldest();
+  const int64_t padded = (h.M + L - 1) / L * L;
+  const bool branches = high > h.length;
+  Queries<T> queries(h, room);
+  Sum *scores = room.of<Sum>(2, Q * stride), *branch = room.of<Sum>(3, Q * padded);
+  score_committed(h, next, queries, scores, stride);
+  for (int64_t node = 0; branches && node < h.M; node += L)
+    queries.score([&](int64_t i) { return h.key(h.length + std::min(node + i, h.M - 1)); }, branch + node, padded);
+  find_paths(h, room);
   std::fill_n(sums, Q * h.E, Sum(0));
   for (int64_t q = 0; q < Q; q++) {
     const int64_t n = q / h.G, end = std::min(high, h.length + room.depth[n]);
@@ -562,21 +694,21 @@ void attend_chunk(const Head<T>& h, int64_t chunk, Room<typename Kind<T>::Sum, T
     if (h.window > 0) begin = std::max(begin, h.length + room.depth[n] - h.window);
     Sum* s = scores + q * stride;
     for (int64_t p = std::max(low, h.length); p < end; p++)
-      s[p - low] = room.branch[q * padded + room.path[n * h.M + p - h.length]];
+      s[p - low] = branch[q * padded + room.path[n * h.M + p - h.length]];
     const Sum top = begin < end ? highest<T>(s, begin - low, end - low) : -std::numeric_limits<Sum>::infinity();
     tops[q] = top;
     totals[q] = begin < end ? soften<T>(s, begin - low, end - low, top) : Sum(0);
     // positions outside weigh nothing
     if (begin >= end) std::fill_n(s, std::max<int64_t>(0, committed - low), Sum(0));
-    else std::fill_n(s + (oldest / L * L - low), std::max<int64_t>(0, begin - oldest / L * L), Sum(0));
+    else std::fill_n(s + (oldest - low), std::max<int64_t>(0, begin - oldest), Sum(0));
   }
-  if (committed > oldest) gather_all(h, oldest, committed, scores + (oldest - low), stride, sums);
+  if (committed > oldest)
+    mix<T>([&](int64_t p) { return h.value(p); }, oldest, committed, scores + (oldest - low), stride, sums, h.E, Q,
+           std::make_integer_sequence<int, MIXED>{});
   for (int64_t q = 0; branches && q < Q; q++) {
-    const int64_t n = q / h.G, end = std::min(high, h.length + room.depth[n]);
-    for (int64_t p = std::max(low, h.length); p < end; p++) {
-      const int64_t slot = h.slot(h.length + room.path[n * h.M + p - h.length]);
-      gather(h, h.values + slot * h.value_stride, scores + (p - low), stride, q, 1, sums);
-    }
+    const int64_t n = q / h.G, begin = std::max(low, h.length), end = std::min(high, h.length + room.depth[n]);
+    const auto node = [&](int64_t p) { return h.value(h.length + room.path[n * h.M + p - h.length]); };
+    mix_few<T, 1>(node, begin, end, scores + q * stride + (begin - low), stride, sums + q * h.E, h.E);
   }
 }
 
@@ -594,24 +726,24 @@ void attend_all(const Tensor& query, const Tensor& keys, const Tensor& values, c
   if (store.size() < size_t(B * heads * chunks * piece)) store.resize(B * heads * chunks * piece);
   Sum* pieces = store.data();
 
+  const auto piece_of = [&](int64_t item) {
+    const int64_t b = item / (heads * chunks), k = item / chunks % heads;
+    return Head<T>{query.const_data_ptr<T>() + b * query.stride(0) + k * G * query.stride(1),
+                   keys.const_data_ptr<T>() + b * keys.stride(0) + k * keys.stride(1),
+                   values.const_data_ptr<T>() + b * values.stride(0) + k * values.stride(1),
+                   query.stride(2), query.stride(1), keys.stride(2), values.stride(2),
+                   N, M, G, query.size(3), E, keys.size(2),
+                   plans[b * row], plans[b * row + 1], plans + b * row,
+                   Sum(scale), Sum(cap), item % chunks * CHUNK};
+  };
+
   at::parallel_for(0, B * heads * chunks, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Room<Sum, T> room;
+    static thread_local Room room;
     for (int64_t item = begin; item < end; item++) {
-      const int64_t b = item / (heads * chunks), k = item / chunks % heads, chunk = item % chunks;
       Sum *sums = pieces + item * piece, *tops = sums + Q * E, *totals = tops + Q;
-      const int64_t length = plans[b * row];
-      if (chunk * CHUNK >= length + M) {
-        std::fill_n(totals, Q, Sum(0));
-        continue;
-      }
-      const Head<T> head{query.const_data_ptr<T>() + b * query.stride(0) + k * G * query.stride(1),
-                         keys.const_data_ptr<T>() + b * keys.stride(0) + k * keys.stride(1),
-                         values.const_data_ptr<T>() + b * values.stride(0) + k * values.stride(1),
-                         query.stride(2), query.stride(1), keys.stride(2), values.stride(2),
-                         N, M, G, query.size(3), E, keys.size(2),
-                         length, plans[b * row + 1], plans + b * row,
-                         Sum(scale), Sum(cap)};
-      attend_chunk(head, chunk, room, sums, tops, totals);
+      const Head<T> h = piece_of(item), next = piece_of(std::min(item + 1, end - 1));
+      if (h.low < h.length + M) attend_chunk(h, item + 1 < end ? &next : nullptr, room, sums, tops, totals);
+      else std::fill_n(totals, Q, Sum(0));
     }
   });
 
@@ -763,8 +895,8 @@ void by_type(const Tensor& x, Work&& work) {
   }
 }
 
-// So many values of x's type that nobody wrote, in pages of 2 MiB where the system has them: whoever reads them one after
-// the other waits for no table of pages.
+// So many values of x's type that nobody wrote, in pages of 2 MiB where the system has them: whoever reads them one
+// after the other waits for no table of pages.
 Tensor room(const Tensor& x, int64_t values) {
   constexpr size_t PAGE = size_t(2) << 20;
   const size_t bytes = (size_t(values) * x.element_size() + PAGE - 1) / PAGE * PAGE;
