@@ -23,6 +23,11 @@ class OpenVino:
 
     def __init__(self, load: Load) -> None:
         self.settings, self.method = load.settings, load.method
+        if load.dtype == "bfloat16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise Refusal(
+                "OpenVINO computes bfloat16 only on processors with products of it, and this one has none; "
+                "leave openvino out, or compare in float32."
+            )
         scheduler = genai.SchedulerConfig()
         scheduler.cache_size = 1  # GB
         scheduler.enable_prefix_caching = False  # each prompt is read, however often it came
