@@ -27,7 +27,7 @@ MOST = 16.0
 UNKNOWN = 1.5
 """Plain steps that a draft whose time is not known is expected to lose at most."""
 NOMINAL = 1.0
-"""The same of a draft before which the drafter read prompts, which is no part of decoding."""
+"""The same of a draft before which the drafter read prompts: what that takes has an account of its own."""
 PAUSE = 3.0
 """A step that took so many times what is usual was interrupted: no more is charged."""
 FIRST, LAST = 4, 32
@@ -118,6 +118,7 @@ class Policy:
     """Chooses limits, and keeps what is shared by all requests of a drafter.
 
     balance  plain steps that drafting may lose now
+    prefill  plain steps that reading prompts may take now: below 0 a new request is left alone
     rest     plain steps before it is tried again, `wait` at the next failure
     least    smallest limit that a draft keeps to: some drafters know one length only
     reach    depth of the deepest draft; `short`: some were not as deep as they might
@@ -130,7 +131,7 @@ class Policy:
         self.depth = min(depth, LIMITS[-1])
         self.limits = np.array([*(n for n in LIMITS if n < self.depth), self.depth])
         self.prior, self.times = Prior(self.depth), dict[int, Times]()
-        self.balance, self.rest, self.wait = GRANT, 0, FIRST
+        self.balance, self.prefill, self.rest, self.wait = GRANT, GRANT, 0, FIRST
         self.least, self.reach, self.short = 1, 0, False
         self.last: Asked | None = None
         self.won = self.rested = False
@@ -188,8 +189,10 @@ class Policy:
             times.note(last.limit, max(0.0, seconds - late))
         if not times.plain:
             return False
-        took, brought = seconds / times.typical[0], 1.0
+        took, brought, read = seconds / times.typical[0], 1.0, 0.0
         if last.limit:
+            if last.prompts:
+                read = min(MOST, max(0.0, took - 1 - NOMINAL))
             usual = times.typical.get(last.limit, np.inf) / times.typical[0]
             took = min(took, PAUSE * usual + times.reading * last.behind)
             tokens = [n for n in feed.count if n]
@@ -201,12 +204,15 @@ class Policy:
         else:
             took = 1.0
         self.balance = min(MOST, self.balance + brought - took + RATE * took)
+        self.prefill = min(MOST, self.prefill + max(0.0, brought - took) + RATE * took - read)
         return brought > took
 
     def decide(self, times: Times, feed: Feed, rows: Rows) -> int:
         """The limit of most tokens per time; now and then one although none pays."""
         self.kept = 0
         if rows.fresh:
+            if self.prefill < 0:
+                return 0
             self.rest, self.wait = min(self.rest, FIRST), FIRST
         if times.due:
             return 0

@@ -154,9 +154,21 @@ class World:
     offer  chance that there is anything to draft
     fixed  the only length there is
     drift  how much longer a step is with every token
+    read   how much longer the first draft takes, before which the drafter reads the prompt
     """
 
-    def __init__(self, v: float, c: float, *, seed: int = 0, offer: float = 1.0, fixed: int = 0, drift: float = 0.0):
+    def __init__(
+        self,
+        v: float,
+        c: float,
+        *,
+        seed: int = 0,
+        offer: float = 1.0,
+        fixed: int = 0,
+        drift: float = 0.0,
+        read: float = 0.0,
+    ):
+        self.read = read
         self.v, self.c, self.offer, self.fixed, self.drift = v, c, offer, fixed, drift
         self.random, self.now, self.tokens, self.all = random.Random(seed), 0.0, 0, 0
 
@@ -176,13 +188,14 @@ def decoded(
         feed: Any = SimpleNamespace(texts=texts, count=count, budget=budget, batch=rows)
         limit = min(pick, budget - 1) if isinstance(pick, int) else pick.choose(feed, known)  # type: ignore
         height = 0
+        seconds = world.read if limit and known is not None and known.fresh else 0.0
         if limit and world.random.random() < world.offer:
             height = world.fixed or limit
         if not isinstance(pick, int):
             assert known is not None
             known.behind = 0 if limit else known.behind + 1
             pick.drafted(feed, known, limit, height)
-        seconds = world.seconds(height)
+        seconds += world.seconds(height)
         world.now += seconds * world.random.uniform(0.95, 1.05)
         total += seconds
         count = [0] * rows
@@ -242,6 +255,18 @@ def test_a_stream_of_short_texts_is_no_slower_either(timed: Any):
     took = [timed(world, policy, always(0.04), 64)[0] / 64 for _ in range(40)]
     assert np.mean(took) <= 1.03
     assert max(took) <= 1.07
+
+
+@pytest.mark.parametrize("read", [5.0, 20.0])
+def test_prompts_are_seldom_read_for_drafts_that_do_not_pay(timed: Any, read: float):
+    """However long the drafter needs for them; and for every request if they pay."""
+    policy, world = Policy(16), World(1.3, 0.4, read=read)
+    took = [timed(world, policy, always(0.04), 64) for _ in range(60)]
+    assert np.mean([t for t, _ in took]) / 64 <= 1.05
+    assert sum(any(heights) for _, heights in took) >= 3  # it is tried again
+    policy, world = Policy(16), World(1.2, 0.05, read=read)
+    took = [timed(world, policy, always(0.9), 64) for _ in range(40)]
+    assert all(any(heights) for _, heights in took)
 
 
 def best_fixed(timed: Any, v: float, c: float, chance: Chance, tokens: int, rows: int = 1, **more: Any) -> float:
@@ -512,9 +537,10 @@ def test_decoding_by_its_own_clock_changes_nothing(temperature: float):
     want = [row.output for row in decode_all(target, make_drafter("none", target), requests, Match())]
     for name, how in (("draft_model", {"path": draft}), ("suffix", {}), ("lookahead", {"window": 3})):
         drafter = make_drafter(name, target, how | {"adaptive": True})
+        assert isinstance(drafter, Adaptive) and isinstance(drafter.policy, Policy)
+        drafter.policy.prefill = inf  # reading prompts takes longer than steps of so small a model
         rows = decode_all(target, drafter, requests, Match(), batch_size=3)
         assert [row.output for row in rows] == want
-        assert isinstance(drafter, Adaptive) and isinstance(drafter.policy, Policy)
         assert max(max(times.typical) for times in drafter.policy.times.values()) > 0  # it did draft
 
 
