@@ -42,6 +42,8 @@ SEEN = 32
 """Drafts asked for that count for the share of them that came."""
 NEAR = 0.99
 """Of limits that promise almost as much as the best one the deepest is taken: it shows what the others would bring."""
+LOOK = 8
+"""Of so many steps that are plain whatever is known, two are timed and looked at."""
 KEPT = 3
 """Further steps for which a limit that pays stays: to think costs time as well."""
 
@@ -124,6 +126,7 @@ class Policy:
     reach    depth of the deepest draft; `short`: some were not as deep as they might
     won      whether the last step was drafted and brought more than it took
     rested   whether plain steps followed the last drafted one
+    barred   plain steps until the account covers any limit; `idle`: those that were made
     kept     further steps for which the `limit` of the last choice stays; `loss`: plain steps that one may lose
     """
 
@@ -136,12 +139,15 @@ class Policy:
         self.last: Asked | None = None
         self.won = self.rested = False
         self.kept, self.limit, self.loss = 0, 0, 0.0
+        self.barred, self.idle = 0, 0
 
     def rows(self, batch: int) -> Rows:
         return Rows.new(batch, self.prior)
 
     def choose(self, feed: Feed, rows: Rows) -> int:
         """The limit of the next draft."""
+        if self.rests(rows):
+            return 0
         now = perf_counter()
         times = self.times_of(feed.batch)
         if max(rows.limits) > 0:
@@ -154,6 +160,19 @@ class Policy:
             self.limit = self.decide(times, feed, rows) if feed.budget > 1 else 0
         self.last = Asked(feed.texts, now, 0, rows.behind, bool(self.limit) and rows.fresh)
         return min(self.limit, feed.budget - 1)
+
+    def rests(self, rows: Rows) -> bool:
+        """Whether the next step is plain and is neither timed nor looked at: to think costs time as well."""
+        barred = self.barred > LOOK or (rows.fresh and self.prefill < 0)
+        if not barred or max(rows.limits) > 0:
+            self.idle = 0
+            return False
+        self.idle += 1
+        if self.idle % LOOK < 2:
+            return False
+        self.barred, self.last = max(0, self.barred - 1), None
+        self.balance, self.prefill = min(MOST, self.balance + RATE), min(MOST, self.prefill + RATE)
+        return True
 
     def drafted(self, feed: Feed, rows: Rows, limit: int, height: int) -> None:
         """Note what the drafter made of its limit."""
@@ -210,6 +229,9 @@ class Policy:
     def decide(self, times: Times, feed: Feed, rows: Rows) -> int:
         """The limit of most tokens per time; now and then one although none pays."""
         self.kept = 0
+        if self.barred > 0:
+            self.barred -= 1
+            return 0
         if rows.fresh:
             if self.prefill < 0:
                 return 0
@@ -224,6 +246,9 @@ class Policy:
         ratios = times.ratios(limits)
         gains, loss = self.gains(times, feed, rows, limits, ratios), self.losses(times, limits, ratios)
         loss += min(times.reading * rows.behind, MOST / 2)  # or a slow reader never caught up
+        if loss[0] > self.balance:  # they rise: nothing can be chosen for so many steps
+            self.rested, self.barred = True, int((loss[0] - self.balance) / RATE)
+            return 0
         gains = np.where(loss <= self.balance, gains, 0.0)
         best = int(np.flatnonzero(gains >= NEAR * gains.max())[-1])
         gain, limit = float(gains[best]), int(limits[best])

@@ -257,6 +257,20 @@ def test_a_stream_of_short_texts_is_no_slower_either(timed: Any):
     assert max(took) <= 1.07
 
 
+def test_steps_that_must_be_plain_are_not_looked_at(timed: Any, monkeypatch: pytest.MonkeyPatch):
+    """While the account covers no limit there is nothing to decide."""
+    decide, asked = Policy.decide, list[float]()
+
+    def counted(policy: Policy, *args: Any) -> int:
+        asked.append(policy.balance)
+        return decide(policy, *args)
+
+    monkeypatch.setattr(Policy, "decide", counted)
+    _, heights = timed(World(1.2, 5.0), Policy(16), always(0.0), 1000)
+    assert len(heights) == 1000 and sum(h > 0 for h in heights) >= 3
+    assert len(asked) <= 450
+
+
 @pytest.mark.parametrize("read", [5.0, 20.0])
 def test_prompts_are_seldom_read_for_drafts_that_do_not_pay(timed: Any, read: float):
     """However long the drafter needs for them; and for every request if they pay."""
