@@ -126,7 +126,7 @@ class Policy:
     reach    depth of the deepest draft; `short`: some were not as deep as they might
     won      whether the last step was drafted and brought more than it took
     rested   whether plain steps followed the last drafted one
-    barred   plain steps until the account covers any limit; `idle`: those that were made
+    idle     steps since there is nothing to decide
     kept     further steps for which the `limit` of the last choice stays; `loss`: plain steps that one may lose
     """
 
@@ -139,17 +139,17 @@ class Policy:
         self.last: Asked | None = None
         self.won = self.rested = False
         self.kept, self.limit, self.loss = 0, 0, 0.0
-        self.barred, self.idle = 0, 0
+        self.idle = 0
 
     def rows(self, batch: int) -> Rows:
         return Rows.new(batch, self.prior)
 
     def choose(self, feed: Feed, rows: Rows) -> int:
         """The limit of the next draft."""
-        if self.rests(rows):
+        times = self.times_of(feed.batch)
+        if self.barred(times, rows) and self.unseen(rows):
             return 0
         now = perf_counter()
-        times = self.times_of(feed.batch)
         if max(rows.limits) > 0:
             rows.news.append((rows.limits, list(feed.count)))
         last = self.last if self.last is not None and same(self.last.texts, feed.texts) else None
@@ -161,16 +161,16 @@ class Policy:
         self.last = Asked(feed.texts, now, 0, rows.behind, bool(self.limit) and rows.fresh)
         return min(self.limit, feed.budget - 1)
 
-    def rests(self, rows: Rows) -> bool:
-        """Whether the next step is plain and is neither timed nor looked at: to think costs time as well."""
-        barred = self.barred > LOOK or (rows.fresh and self.prefill < 0)
-        if not barred or max(rows.limits) > 0:
-            self.idle = 0
-            return False
+    def barred(self, times: Times, rows: Rows) -> bool:
+        """Whether the accounts cover no draft at all."""
+        return self.balance < times.need or (rows.fresh and self.prefill < 0)
+
+    def unseen(self, rows: Rows) -> bool:
+        """Whether a step that must be plain is neither timed nor learnt from: to think costs time as well."""
         self.idle += 1
-        if self.idle % LOOK < 2:
+        if max(rows.limits) > 0 or self.idle % LOOK < 2:
             return False
-        self.barred, self.last = max(0, self.barred - 1), None
+        self.last = None
         self.balance, self.prefill = min(MOST, self.balance + RATE), min(MOST, self.prefill + RATE)
         return True
 
@@ -208,10 +208,9 @@ class Policy:
             times.note(last.limit, max(0.0, seconds - late))
         if not times.plain:
             return False
-        took, brought, read = seconds / times.typical[0], 1.0, 0.0
+        took, brought = seconds / times.typical[0], 1.0
+        read = min(MOST, max(0.0, took - 1 - NOMINAL)) if last.prompts else 0.0
         if last.limit:
-            if last.prompts:
-                read = min(MOST, max(0.0, took - 1 - NOMINAL))
             usual = times.typical.get(last.limit, np.inf) / times.typical[0]
             took = min(took, PAUSE * usual + times.reading * last.behind)
             tokens = [n for n in feed.count if n]
@@ -229,12 +228,9 @@ class Policy:
     def decide(self, times: Times, feed: Feed, rows: Rows) -> int:
         """The limit of most tokens per time; now and then one although none pays."""
         self.kept = 0
-        if self.barred > 0:
-            self.barred -= 1
+        if self.barred(times, rows):
             return 0
         if rows.fresh:
-            if self.prefill < 0:
-                return 0
             self.rest, self.wait = min(self.rest, FIRST), FIRST
         if times.due:
             return 0
@@ -246,8 +242,9 @@ class Policy:
         ratios = times.ratios(limits)
         gains, loss = self.gains(times, feed, rows, limits, ratios), self.losses(times, limits, ratios)
         loss += min(times.reading * rows.behind, MOST / 2)  # or a slow reader never caught up
-        if loss[0] > self.balance:  # they rise: nothing can be chosen for so many steps
-            self.rested, self.barred = True, int((loss[0] - self.balance) / RATE)
+        times.need = float(loss[0])  # they rise
+        if self.balance < times.need:
+            self.rested = True
             return 0
         gains = np.where(loss <= self.balance, gains, 0.0)
         best = int(np.flatnonzero(gains >= NEAR * gains.max())[-1])

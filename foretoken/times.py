@@ -27,6 +27,7 @@ class Times:
     share  of the steps that asked for a draft, those that got one
     late   tokens that a drafter was told of late, those of long ago counting less
     over   plain steps that the steps which told it took longer
+    need   plain steps that the account must hold for any limit, as they were last looked at
     """
 
     def __init__(self, like: "Times | None" = None) -> None:
@@ -35,6 +36,7 @@ class Times:
         self.share = 1.0 if like is None else like.share
         self.late, self.over = (0.0, 0.0) if like is None else (like.late, like.over)
         self.count, self.seen = 0, dict[int, int]()  # steps timed; which of them was a limit's last
+        self.need = -np.inf
         self.plain, self.since = 0, 0  # plain steps timed; drafted ones since the last of them
 
     def note(self, limit: int, seconds: float) -> None:

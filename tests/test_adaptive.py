@@ -168,8 +168,7 @@ class World:
         drift: float = 0.0,
         read: float = 0.0,
     ):
-        self.read = read
-        self.v, self.c, self.offer, self.fixed, self.drift = v, c, offer, fixed, drift
+        self.v, self.c, self.offer, self.fixed, self.drift, self.read = v, c, offer, fixed, drift, read
         self.random, self.now, self.tokens, self.all = random.Random(seed), 0.0, 0, 0
 
     def seconds(self, height: int) -> float:
@@ -271,10 +270,11 @@ def test_steps_that_must_be_plain_are_not_looked_at(timed: Any, monkeypatch: pyt
     assert len(asked) <= 450
 
 
+@pytest.mark.parametrize("offer", [0.1, 1.0])
 @pytest.mark.parametrize("read", [5.0, 20.0])
-def test_prompts_are_seldom_read_for_drafts_that_do_not_pay(timed: Any, read: float):
-    """However long the drafter needs for them; and for every request if they pay."""
-    policy, world = Policy(16), World(1.3, 0.4, read=read)
+def test_prompts_are_seldom_read_for_drafts_that_do_not_pay(timed: Any, read: float, offer: float):
+    """However long the drafter needs for them, and if it has no guess behind them; for every request if they pay."""
+    policy, world = Policy(16), World(1.3, 0.4, read=read, offer=offer)
     took = [timed(world, policy, always(0.04), 64) for _ in range(60)]
     assert np.mean([t for t, _ in took]) / 64 <= 1.05
     assert sum(any(heights) for _, heights in took) >= 3  # it is tried again
