@@ -50,9 +50,10 @@ class Advance:
     def width(self) -> int:
         return (self.table.shape[1] - 4) // 4
 
-    def part(self, number: int) -> Tensor:
-        """[B, N] int64: one of the four parts as wide as the draft."""
-        return self.table[:, number * self.width : (number + 1) * self.width]
+    def part(self, number: int, columns: int | None = None) -> Tensor:
+        """[B, N] int64: one of the four parts as wide as the draft; its first `columns`."""
+        width = self.width
+        return self.table[:, number * width : number * width + (width if columns is None else columns)]
 
     @property
     def new(self) -> Tensor:
@@ -91,8 +92,8 @@ class Advance:
 
     def told(self) -> list[list[int]]:
         """Per row, its part of `new`, then `count` and 1 + the number of accepted guesses: waits for the device."""
-        host = self.table.cpu()
-        return [new + counts for new, counts in zip(host[:, : self.width].tolist(), host[:, -2:].tolist(), strict=True)]
+        width = self.width
+        return [row[:width] + row[-2:] for row in self.table.tolist()]
 
     def of(self, rows: int, width: int) -> "Advance":
         """The same of a draft of so many rows and nodes, without the padding behind them; its own memory."""

@@ -48,7 +48,7 @@ def attend(
 
 
 def planned(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scaling: float | None, **kwargs: Any) -> Tensor:
-    """[B, N, H, E] attention to slots by a plan (`planned.PlannedCache`), which `kernels.cpp` reads."""
+    """[B, N, H, E] attention to slots by a plan (`planned.PlannedCache`), which `cpu/kernels.cpp` reads."""
     if kwargs.get("position_bias") is not None:
         raise UserError("Attention with a bias of its own cannot be compiled; decode this model without compiling.")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)

@@ -1,8 +1,8 @@
 """A target whose steps are compiled: one program for every batch, width, tree and length.
 
 What the model does to the nodes of a draft is traced with a cache of slots that is written in place and attention by
-position (`kernels.cpp`). A node gets the same bits whatever stands beside it and whatever the tree, even in bfloat16:
-drafts change nothing, nor do neighbours where prompts are read by the program too (`CompiledTarget.reads`).
+position (`cpu/kernels.cpp`). A node gets the same bits whatever stands beside it and whatever the tree, even in
+bfloat16: drafts change nothing, nor do neighbours where prompts are read by the program too (`CompiledTarget.reads`).
 """
 
 import copy
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from threading import Lock
 from typing import Any
 
@@ -207,7 +207,8 @@ class CompiledTarget(Target):
         if work is None or not is_plain(sampler, rule):
             return None
         ends = eos if eos.shape[1] else self.nothing(len(limits)).eos
-        terms = Terms(sampler.noise.key, sampler.temperature, torch.tensor(limits), ends)
+        limit = limits_of(*(min(n, draft.width) for n in limits))
+        terms = Terms(sampler.noise.key, sampler.temperature, limit, ends)
         out = self.run(work, draft, cache, terms)
         done = Advance(out[1], out[0], out[3] if features else None)
         if not draft.chained:
@@ -232,6 +233,13 @@ class CompiledTarget(Target):
 
     def shallow(self, layers: int) -> Target:
         return self.eager.shallow(layers)
+
+
+@lru_cache(maxsize=256)
+def limits_of(*limits: int) -> Tensor:
+    """[B] int64 of them, made once: not to be changed."""
+    with torch.inference_mode(False):
+        return torch.tensor(limits)
 
 
 def recipe_for(target: Target, features: tuple[int, ...]) -> Recipe:

@@ -1,4 +1,4 @@
-"""The operators of `kernels.cpp`, built for this machine once and kept.
+"""The operators of `cpu/kernels.cpp`, built for this machine once and kept.
 
 `room`, `pack` and `linear` multiply few rows by weights at the speed of memory, `attend` reads a cache of slots by
 position, `write` and `move` change it in place. Results do not depend on how many rows or nodes a call has.
@@ -21,7 +21,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from foretoken.errors import UserError
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = Path(__file__).with_name("cpu") / "kernels.cpp"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -33,7 +33,10 @@ def folder() -> Path:
 
 @lru_cache(maxsize=1)
 def load_kernels() -> None:
-    """Make `torch.ops.foretoken` available; `UserError` without a compiler. The first time takes half a minute."""
+    """Make `torch.ops.foretoken` and `torch.classes.foretoken` available; `UserError` without a compiler.
+
+    The first time takes half a minute.
+    """
     path = folder() / "kernels" / f"{fingerprint()}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -48,7 +51,8 @@ def load_kernels() -> None:
 @lru_cache(maxsize=1)
 def fingerprint() -> str:
     """Names a build: the source, the flags, torch, and the processor that it is made for."""
-    parts = [SOURCE.read_text(), *FLAGS, torch.__version__, platform.machine(), processor_flags()]
+    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.*"))]
+    parts = [*sources, *FLAGS, torch.__version__, platform.machine(), processor_flags()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -18,6 +18,8 @@ ops: Any = torch.ops
 LINEAR = ops.aten.linear.default
 NOTES = (ops.aten._assert_tensor_metadata.default,)
 """What tracing leaves behind that computes nothing."""
+PRODUCTS = ("addmm", "baddbmm", "bmm", "convolution", "linear", "matmul", "mm")
+"""Torch's own products of matrices, those of experts or of layers that are no `nn.Linear`: they want all threads."""
 SHARED = (ops.aten.cos.default, ops.aten.sin.default)
 """What all layers use and one computes; fused into each, it would be computed by each."""
 
@@ -47,6 +49,12 @@ class Lowered:
     graph: fx.GraphModule
     sources: list[Source]
     constants: Mapping[str, Tensor]
+
+    @property
+    def ours(self) -> bool:
+        """Whether all products of matrices are the kernels'."""
+        theirs = {getattr(ops.aten, name) for name in PRODUCTS}
+        return not any(getattr(node.target, "overloadpacket", None) in theirs for node in self.graph.graph.nodes)
 
 
 def lower(module: nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Lowered:

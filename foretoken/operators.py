@@ -1,4 +1,4 @@
-"""The operators of a planned step wherever `kernels.cpp` is not: plain torch for any device, Triton for CUDA.
+"""The operators of a planned step wherever `cpu/kernels.cpp` is not: plain torch for any device, Triton for CUDA.
 
 `foretoken::attend` reads a cache of slots by a plan and `foretoken::write` fills it. The plain functions here say what
 they mean, slot by slot; the fast ones are tested against them.
@@ -19,7 +19,7 @@ SCHEMAS = {
     "attend": "(Tensor query, Tensor keys, Tensor values, Tensor plan, float scale, float cap, Tensor? sinks) "
     "-> Tensor",
 }
-"""Of the operators that a planned cache needs, as `kernels.cpp` has them."""
+"""Of the operators that a planned cache needs, as `cpu/kernels.cpp` has them."""
 
 LIBRARIES: list[torch.library.Library] = []
 """What was registered here; torch forgets an operator with its library."""
@@ -29,7 +29,7 @@ ops: Any = torch.ops
 
 @lru_cache(maxsize=1)
 def provide() -> None:
-    """Make `write` and `attend` available: on CUDA at once, elsewhere by building `kernels.cpp`."""
+    """Make `write` and `attend` available: on CUDA at once, elsewhere by building `cpu/kernels.cpp`."""
     if not hasattr(ops.foretoken, "attend") and not torch.cuda.is_available():
         load_kernels()
     library = torch.library.Library("foretoken", "FRAGMENT")

@@ -45,14 +45,14 @@ class Recipe:
 class Program:
     """A compiled module: call it with the module's arguments, flat and contiguous. `facts` are its recipe's."""
 
-    def __init__(self, path: Path, inputs: list[Tensor], facts: dict[str, Any]) -> None:
-        from torch._inductor import aoti_load_package
-
-        self.loader: Any = aoti_load_package(str(path / "program.pt2"), run_single_threaded=True).loader
+    def __init__(self, path: Path, inputs: list[Tensor], facts: dict[str, Any], *, together: bool) -> None:
+        """Load what was compiled into `path`. together: its threads stay together for a whole run (`cpu/crew.h`)."""
+        classes: Any = torch.classes
+        self.library = classes.foretoken.Program(str(path / "program.pt2"), inputs, together)
         self.inputs, self.facts = inputs, facts
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
-        return self.loader.run([*self.inputs, *args])
+        return self.library.run(args)
 
     @property
     def nbytes(self) -> int:
@@ -82,9 +82,10 @@ def program(recipe: Recipe, progress: Progress | None = None, *, inductor: bool 
         return Trace(recipe)
     path = kept(recipe, tell)
     tell(STAGES[3])
-    sources = [Source(s["kind"], tuple(s["names"])) for s in json.loads((path / "inputs.json").read_text())]
-    constants = load_file(path / "constants.safetensors")
-    return Program(path, tensors(sources, recipe.module, constants), recipe.facts)
+    known = json.loads((path / "inputs.json").read_text())
+    sources = [Source(s["kind"], tuple(s["names"])) for s in known["sources"]]
+    inputs = tensors(sources, recipe.module, load_file(path / "constants.safetensors"))
+    return Program(path, inputs, recipe.facts, together=known["together"])
 
 
 def kept(recipe: Recipe, tell: Progress) -> Path:
@@ -136,7 +137,8 @@ def compile_into(path: Path, recipe: Recipe, tell: Progress) -> None:
         }
         aoti_compile_and_package(whole, package_path=str(path / "program.pt2"), inductor_configs=settings)
     save_file({k: v.contiguous() for k, v in lowered.constants.items()}, path / "constants.safetensors")
-    (path / "inputs.json").write_text(json.dumps([asdict(s) for s in lowered.sources]))
+    known = {"sources": [asdict(s) for s in lowered.sources], "together": lowered.ours}
+    (path / "inputs.json").write_text(json.dumps(known))
 
 
 def flat(nested: Sequence[Any]) -> list[Any]:

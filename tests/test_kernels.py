@@ -1,4 +1,4 @@
-"""The operators of `kernels.cpp` against obvious references in torch."""
+"""The operators of `cpu/kernels.cpp` against obvious references in torch."""
 
 import shutil
 from pathlib import Path
@@ -231,7 +231,7 @@ def test_without_a_compiler_the_user_is_told(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [17, 80, 4096])
+@pytest.mark.parametrize("vocab", [17, 80, 4096, 9000])
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 1.7])
 def test_race_is_what_scores_emit(temperature: float, vocab: int, dtype: torch.dtype):
     """The rough look at every token loses no winner; a row at temperature 0 beside sampled ones is greedy."""
