@@ -16,10 +16,14 @@ from foretoken.kernels import packed_like
 
 ops: Any = torch.ops
 LINEAR = ops.aten.linear.default
+TURNED = ops.aten.addmm.default
+"""GPT-2's layers: weights [inputs, outputs]."""
 NOTES = (ops.aten._assert_tensor_metadata.default,)
 """What tracing leaves behind that computes nothing."""
 PRODUCTS = ("addmm", "baddbmm", "bmm", "convolution", "linear", "matmul", "mm")
-"""Torch's own products of matrices, those of experts or of layers that are no `nn.Linear`: they want all threads."""
+"""Torch's own products of matrices, those of experts for one: they want all threads."""
+PACKED = ("packed", "turned")
+"""Kinds of sources that are packed."""
 SHARED = (ops.aten.cos.default, ops.aten.sin.default)
 """What all layers use and one computes; fused into each, it would be computed by each."""
 
@@ -28,8 +32,8 @@ SHARED = (ops.aten.cos.default, ops.aten.sin.default)
 class Source:
     """Where an input of the trace comes from.
 
-    kind   "packed": the weights `names` one below the other, packed; "weight": the parameter or buffer of that name;
-           "constant": a tensor of the trace's own
+    kind   "packed": the weights `names` one below the other, packed; "turned": the same of weights [inputs, outputs];
+           "weight": the parameter or buffer of that name; "constant": a tensor of the trace's own
     names  of parameters, buffers or constants
     """
 
@@ -81,35 +85,57 @@ def lower(module: nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...]) ->
     return Lowered(program.graph_module, sources, own)
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer of the trace: `node` is states times a weight (`turned`: [inputs, outputs]) and a bias, if any."""
+
+    node: fx.Node
+    states: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    turned: bool
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.meta["val"].shape[1 if self.turned else 0]
+
+
+def layer_of(node: fx.Node) -> Layer | None:
+    """The linear layer that a node is; None if it is something else."""
+    args: Any = node.args
+    if node.target is LINEAR:
+        return Layer(node, args[0], args[1], args[2] if len(args) > 2 else None, False)
+    if node.target is TURNED and not node.kwargs:
+        return Layer(node, args[1], args[2], args[0], True)
+    return None
+
+
 def pack_linears(graph: fx.Graph, names: Mapping[str, str]) -> list[Source]:
     """Replace the linear layers whose weights are parameters, those of one input together; their sources, in order."""
-    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.target is LINEAR and node.args[1].name in names:
-            groups.setdefault((node.args[0], len(node.args) > 2 and node.args[2] is not None), []).append(node)
+    groups: dict[tuple[fx.Node, bool, bool], list[Layer]] = {}
+    for layer in map(layer_of, graph.nodes):
+        if layer is not None and layer.weight.name in names:
+            groups.setdefault((layer.states, layer.bias is not None, layer.turned), []).append(layer)
     start, inputs = next(iter(graph.nodes)), dict[Source, fx.Node]()
-    for (_, biased), members in groups.items():
-        sizes = [node.args[1].meta["val"].shape[0] for node in members]  # pyright: ignore
-        source = Source("packed", tuple(names[node.args[1].name] for node in members))  # pyright: ignore
+    for (states, biased, turned), members in groups.items():
+        sizes = [layer.outputs for layer in members]
+        source = Source("turned" if turned else "packed", tuple(names[layer.weight.name] for layer in members))
         if source not in inputs:
             with graph.inserting_before(start):
                 inputs[source] = graph.placeholder(f"packed_{len(inputs)}")
-        with graph.inserting_before(members[0]):
-            bias = None
-            if biased:
-                bias = members[0].args[2]
-                if len(members) > 1:
-                    bias = graph.call_function(ops.aten.cat.default, ([node.args[2] for node in members],))
-            states = members[0].args[0]
+        with graph.inserting_before(members[0].node):
+            bias = members[0].bias
+            if biased and len(members) > 1:
+                bias = graph.call_function(ops.aten.cat.default, ([layer.bias for layer in members],))
             whole = graph.call_function(ops.foretoken.linear.default, (states, inputs[source], bias, sum(sizes)))
             ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-            for node, size, end in zip(members, sizes, ends, strict=True):
+            for layer, size, end in zip(members, sizes, ends, strict=True):
                 part = whole
                 if len(members) > 1:
                     part = graph.call_function(ops.aten.slice.Tensor, (whole, -1, end - size, end))
-                node.replace_all_uses_with(part)
-        for node in members:
-            graph.erase_node(node)
+                layer.node.replace_all_uses_with(part)
+        for layer in members:
+            graph.erase_node(layer.node)
     return list(inputs)
 
 
@@ -144,8 +170,8 @@ def tensors(
         if source.kind == "constant":
             found.append(constants[source.names[0]])
             continue
-        parts = [tensor_of(module, name).detach() for name in source.names]
-        if source.kind == "packed":
+        parts = parts_of(source, module)
+        if source.kind in PACKED:
             found.append(packed_like(parts[0].new_empty(sum(len(p) for p in parts), parts[0].shape[1])))
         else:
             like = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
@@ -157,15 +183,21 @@ def tensors(
 
 def pack_into_rooms(found: list[Tensor], sources: Sequence[Source], module: nn.Module) -> None:
     """Put packed weights for blank ones, those of one type one behind the other."""
-    packed = [i for i, source in enumerate(sources) if source.kind == "packed"]
+    packed = [i for i, source in enumerate(sources) if source.kind in PACKED]
     for dtype in {found[i].dtype for i in packed}:
         members = [i for i in packed if found[i].dtype == dtype]
         sizes = [found[i].numel() for i in members]
         room = ops.foretoken.room(found[members[0]], sum(sizes))
         for i, place in zip(members, room.split(sizes), strict=True):
-            parts = [tensor_of(module, name).detach() for name in sources[i].names]
+            parts = parts_of(sources[i], module)
             found[i] = place.view_as(found[i])
             found[i].copy_(ops.foretoken.pack(parts[0] if len(parts) == 1 else torch.cat(parts)))
+
+
+def parts_of(source: Source, module: nn.Module) -> list[Tensor]:
+    """The weights of a source in `module`, turned if they are to be."""
+    parts = [tensor_of(module, name).detach() for name in source.names]
+    return [part.t() for part in parts] if source.kind == "turned" else parts
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
