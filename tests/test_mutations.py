@@ -62,7 +62,7 @@ def run(tests: list[str], where: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.stem)
 def test_every_patch_still_applies_and_names_tests_that_exist(patch, copy):
-    files = [p for kind in ("*.py", "*.cpp") for p in (copy / "foretoken").rglob(kind)]
+    files = [p for kind in ("*.py", "*.cpp", "*.h") for p in (copy / "foretoken").rglob(kind)]
     before = {p: p.read_text() for p in files}
     assert apply(patch, copy) == ""
     assert sum(p.read_text() != text for p, text in before.items()) == 1
