@@ -50,10 +50,9 @@ class Advance:
     def width(self) -> int:
         return (self.table.shape[1] - 4) // 4
 
-    def part(self, number: int, columns: int | None = None) -> Tensor:
-        """[B, N] int64: one of the four parts as wide as the draft; its first `columns`."""
-        width = self.width
-        return self.table[:, number * width : number * width + (width if columns is None else columns)]
+    def part(self, number: int) -> Tensor:
+        """[B, N] int64: one of the four parts as wide as the draft."""
+        return self.table[:, number * self.width : (number + 1) * self.width]
 
     @property
     def new(self) -> Tensor:

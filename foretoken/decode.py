@@ -233,7 +233,7 @@ class Session:
         committed, emitted = self._give(told)
         width = max(committed)
         features = None if done.features is None else done.features[:, :width]
-        self.last = Step(done.part(1, width), committed, features, done.root, done.emitted, done.last)
+        self.last = Step(done.tokens[:, :width], committed, features, done.root, done.emitted, done.last)
         return emitted
 
     def _by_parts(self, draft: Draft) -> list[list[int]]:

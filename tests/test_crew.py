@@ -97,8 +97,10 @@ def test_products_of_torchs_own_keep_their_threads(name: str, ours: bool):
     assert lower(recipe.module, recipe.args, recipe.dynamic).ours is ours
 
 
-def test_a_step_runs_together(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What was found while compiling is on the disk with the program."""
+def test_whether_threads_stay_together_is_kept_on_the_disk(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Found while compiling; a second start reads it."""
     monkeypatch.setenv("FORETOKEN_CACHE", str(tmp_path))
     made: list[bool] = []
 

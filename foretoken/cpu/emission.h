@@ -126,7 +126,7 @@ struct Race {
   }
 
  private:
-  // -log of exponential noise of 16 tokens from v on, to 0.01.
+  // log of the exponential noise of 16 tokens from v on, to 0.01.
   Floats noise(int64_t v) const {
     Words lane;
     for (int i = 0; i < 16; i++) lane[i] = i;

@@ -38,39 +38,28 @@ inline V load(const P* from) {
 template <class T>
 struct Kind;
 
-template <>
-struct Kind<float> {
-  using Sum = float;
-  using Vec = Floats;
-  static constexpr int pair = 1, lanes = 16;
-  using Part = float;
+// A type that is summed as it is.
+template <class F, class V>
+struct Single {
+  using Sum = F;
+  using Vec = V;
+  static constexpr int pair = 1, lanes = sizeof(V) / sizeof(F);
+  using Part = F;
   static constexpr int parts = 1;
-  static Vec cells(const float* p) { return load<Vec>(p); }
+  static Vec cells(const F* p) { return load<Vec>(p); }
   static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
   static Vec mac(Vec a, Vec w, Part x) { return a + w * x; }
   template <int>
   static Vec part(Vec cell) { return cell; }
-  static void part_line(Part* to, const float* cells) { std::memcpy(to, cells, 64); }
-  static Vec values(const float* p) { return load<Vec>(p); }
-  static void put(float* p, Vec v) { std::memcpy(p, &v, 64); }
+  static void part_line(Part* to, const F* cells) { std::memcpy(to, cells, 64); }
+  static Vec values(const F* p) { return load<Vec>(p); }
+  static void put(F* p, Vec v) { std::memcpy(p, &v, 64); }
 };
 
 template <>
-struct Kind<double> {
-  using Sum = double;
-  using Vec = Doubles;
-  static constexpr int pair = 1, lanes = 8;
-  using Part = double;
-  static constexpr int parts = 1;
-  static Vec cells(const double* p) { return load<Vec>(p); }
-  static Vec mac(Vec a, Vec w, Vec x) { return a + w * x; }
-  static Vec mac(Vec a, Vec w, Part x) { return a + w * x; }
-  template <int>
-  static Vec part(Vec cell) { return cell; }
-  static void part_line(Part* to, const double* cells) { std::memcpy(to, cells, 64); }
-  static Vec values(const double* p) { return load<Vec>(p); }
-  static void put(double* p, Vec v) { std::memcpy(p, &v, 64); }
-};
+struct Kind<float> : Single<float, Floats> {};
+template <>
+struct Kind<double> : Single<double, Doubles> {};
 
 template <>
 struct Kind<c10::BFloat16> {
