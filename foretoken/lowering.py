@@ -87,27 +87,42 @@ def lower(module: nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...]) ->
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A linear layer of the trace: `node` is states times a weight (`turned`: [inputs, outputs]) and a bias, if any."""
+    """A linear layer of the trace: `node` is states times a weight (`turned`: [inputs, outputs]) and a bias, if any.
+
+    What it works on is read from the node as it stands: layers may follow each other with nothing between them.
+    """
 
     node: fx.Node
-    states: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
     turned: bool
+
+    @property
+    def states(self) -> fx.Node:
+        return self.args[1 if self.turned else 0]
+
+    @property
+    def weight(self) -> fx.Node:
+        return self.args[2 if self.turned else 1]
+
+    @property
+    def bias(self) -> fx.Node | None:
+        if self.turned:
+            return self.args[0]
+        return self.args[2] if len(self.args) > 2 else None
 
     @property
     def outputs(self) -> int:
         return self.weight.meta["val"].shape[1 if self.turned else 0]
 
+    @property
+    def args(self) -> Any:
+        return self.node.args
+
 
 def layer_of(node: fx.Node) -> Layer | None:
     """The linear layer that a node is; None if it is something else."""
-    args: Any = node.args
     if node.target is LINEAR:
-        return Layer(node, args[0], args[1], args[2] if len(args) > 2 else None, False)
-    if node.target is TURNED and not node.kwargs:
-        return Layer(node, args[1], args[2], args[0], True)
-    return None
+        return Layer(node, False)
+    return Layer(node, True) if node.target is TURNED and not node.kwargs else None
 
 
 def pack_linears(graph: fx.Graph, names: Mapping[str, str]) -> list[Source]:
@@ -117,26 +132,31 @@ def pack_linears(graph: fx.Graph, names: Mapping[str, str]) -> list[Source]:
         if layer is not None and layer.weight.name in names:
             groups.setdefault((layer.states, layer.bias is not None, layer.turned), []).append(layer)
     start, inputs = next(iter(graph.nodes)), dict[Source, fx.Node]()
-    for (states, biased, turned), members in groups.items():
-        sizes = [layer.outputs for layer in members]
-        source = Source("turned" if turned else "packed", tuple(names[layer.weight.name] for layer in members))
+    for members in groups.values():
+        kind = "turned" if members[0].turned else "packed"
+        source = Source(kind, tuple(names[layer.weight.name] for layer in members))
         if source not in inputs:
             with graph.inserting_before(start):
                 inputs[source] = graph.placeholder(f"packed_{len(inputs)}")
-        with graph.inserting_before(members[0].node):
-            bias = members[0].bias
-            if biased and len(members) > 1:
-                bias = graph.call_function(ops.aten.cat.default, ([layer.bias for layer in members],))
-            whole = graph.call_function(ops.foretoken.linear.default, (states, inputs[source], bias, sum(sizes)))
-            ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-            for layer, size, end in zip(members, sizes, ends, strict=True):
-                part = whole
-                if len(members) > 1:
-                    part = graph.call_function(ops.aten.slice.Tensor, (whole, -1, end - size, end))
-                layer.node.replace_all_uses_with(part)
-        for layer in members:
-            graph.erase_node(layer.node)
+        merge(graph, members, inputs[source])
     return list(inputs)
+
+
+def merge(graph: fx.Graph, members: Sequence[Layer], packed: fx.Node) -> None:
+    """Put one operator on packed weights for the layers of one input, `members`."""
+    states, bias, sizes = members[0].states, members[0].bias, [layer.outputs for layer in members]
+    with graph.inserting_before(members[0].node):
+        if bias is not None and len(members) > 1:
+            bias = graph.call_function(ops.aten.cat.default, ([layer.bias for layer in members],))
+        whole = graph.call_function(ops.foretoken.linear.default, (states, packed, bias, sum(sizes)))
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        for layer, size, end in zip(members, sizes, ends, strict=True):
+            part = whole
+            if len(members) > 1:
+                part = graph.call_function(ops.aten.slice.Tensor, (whole, -1, end - size, end))
+            layer.node.replace_all_uses_with(part)
+    for layer in members:
+        graph.erase_node(layer.node)
 
 
 def keep_shared(graph: fx.Graph) -> None:

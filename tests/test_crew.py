@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
 
-from foretoken import compiled
 from foretoken.kernels import load_kernels
-from foretoken.lowering import lower
 from foretoken.program import Program, Recipe, program
-from tests.families import make
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 """torch's own, while inductor is imported and works."""
@@ -88,13 +85,6 @@ def test_an_error_is_raised_and_the_next_run_is_right(threads: int, together: Pr
         with pytest.raises(RuntimeError):
             together(*given(4, SLOTS - 2))
         assert torch.equal(together(*given(4))[0], want)
-
-
-@pytest.mark.parametrize(("name", "ours"), [("llama", True), ("gpt2", True), ("mixtral", False)])
-def test_products_of_torchs_own_keep_their_threads(name: str, ours: bool):
-    """Experts are multiplied by torch, which would have one thread beside a crew; GPT-2's layers are packed."""
-    recipe = compiled.recipe_for(make(name), ())
-    assert lower(recipe.module, recipe.args, recipe.dynamic).ours is ours
 
 
 def test_whether_threads_stay_together_is_kept_on_the_disk(

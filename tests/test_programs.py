@@ -23,7 +23,6 @@ from foretoken.compiled import CompiledTarget, key_of
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.generation import requests_for
-from foretoken.lowering import SHARED, lower
 from foretoken.sampling import Sampling
 from foretoken.target import Target, model_class_of
 from foretoken.tree import Draft, chain, tree
@@ -186,17 +185,6 @@ def test_outputs_are_the_same_with_every_drafter_in_every_batch(
     ]
     assert len({tuple(tuple(o.token_ids) for o in found) for found in outputs}) == 1
     assert all(any(sum(o.drafted) for o in found) for found in outputs[1::3])  # guesses were accepted
-
-
-def test_what_all_layers_use_is_computed_once():
-    """Cosines and sines are kept in memory: fused into what uses them, each layer would compute its own."""
-    recipe = compiled.recipe_for(made("grouped"), ())
-    graph = lower(recipe.module, recipe.args, recipe.dynamic).graph.graph
-    shared = [node for node in graph.nodes if node.target in SHARED]
-    assert len(shared) == 2
-    for node in shared:
-        (keep,) = node.users
-        assert keep.target is torch.ops.foretoken.keep.default and keep.users
 
 
 def test_packed_weights_take_the_memory_of_the_weights():
