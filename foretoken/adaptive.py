@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from foretoken.drafter import Drafter, Feed, Needs, stacked
+from foretoken.drafter import Drafter, Feed, Needs
 from foretoken.limits import Policy, Rows
+from foretoken.step import Step
 from foretoken.tree import Draft, chain
 
 
@@ -26,28 +26,8 @@ class Chooser(Protocol):
     def drafted(self, feed: Feed, rows: Rows, limit: int, height: int) -> None: ...
 
 
-@dataclass(slots=True)
-class Part:
-    """What a feed says of committed tokens, and of the drafter's last draft; fields as there."""
-
-    tokens: Tensor
-    count: list[int]
-    features: Tensor | None
-    emitted: Tensor
-    last: Tensor
-
-    @classmethod
-    def of(cls, feed: Feed) -> "Part":
-        return cls(feed.tokens, feed.count, feed.features, feed.emitted, feed.last)
-
-    def select(self, rows: list[int]) -> "Part":
-        i = torch.tensor(rows, dtype=torch.int64, device=self.last.device)
-        features = None if self.features is None else self.features[i]
-        return Part(self.tokens[i], [self.count[r] for r in rows], features, self.emitted[i], self.last[i])
-
-
-def merged(parts: list[Part]) -> Part:
-    """One part of several that follow each other; the last draft is that of the first, its last node moved on."""
+def merged(parts: list[Step]) -> Step:
+    """One step of several that follow each other; the last draft is that of the first, its last node moved on."""
     if len(parts) == 1:
         return parts[0]
     first, device = parts[0], parts[0].last.device
@@ -65,28 +45,16 @@ def merged(parts: list[Part]) -> Part:
         features = whole.gather(1, index[..., None].expand(-1, -1, whole.shape[2]))
     since = torch.tensor([n - m for n, m in zip(count, first.count, strict=True)], device=device)
     last = (first.last + since).clamp(max=first.emitted.shape[1] - 1)
-    return Part(torch.cat([part.tokens for part in parts], 1).gather(1, index), count, features, first.emitted, last)
+    tokens = torch.cat([part.tokens for part in parts], 1).gather(1, index)
+    return Step(tokens, count, features, parts[-1].root, first.emitted, last)
 
 
-def beside(a: Part, b: Part) -> Part:
-    """The rows of `a`, then those of `b`."""
-    features = None
-    if a.features is not None and b.features is not None:
-        features = stacked(a.features, b.features)
-    return Part(
-        stacked(a.tokens, b.tokens),
-        a.count + b.count,
-        features,
-        stacked(a.emitted, b.emitted),
-        torch.cat([a.last, b.last]),
-    )
-
-
-def nothing(like: Part, batch: int) -> Part:
+def nothing(like: Step, batch: int) -> Step:
     """Of so many rows nothing was missed."""
     features = None if like.features is None else like.features[:1, :0].expand(batch, -1, -1)
     tokens, emitted = (x[:1, :0].expand(batch, -1) for x in (like.tokens, like.emitted))
-    return Part(tokens, [0] * batch, features, emitted, like.last.new_zeros(batch))
+    root, last = like.root.new_zeros(batch), like.last.new_zeros(batch)
+    return Step(tokens, [0] * batch, features, root, emitted, last)
 
 
 @dataclass(slots=True)
@@ -95,7 +63,7 @@ class State:
 
     inner: Any
     rows: Rows
-    missed: list[Part] = field(default_factory=list[Part])
+    missed: list[Step] = field(default_factory=list[Step])
 
     def select(self, rows: list[int]) -> None:
         self.inner.select(rows)
@@ -109,7 +77,7 @@ class State:
             if mine is None:
                 assert theirs is not None
                 mine = nothing(theirs, sizes[0])
-            self.missed = [beside(mine, theirs or nothing(mine, sizes[1]))]
+            self.missed = [mine.join(theirs or nothing(mine, sizes[1]))]
         self.inner.join(other.inner)
         self.rows.join(other.rows)
 
@@ -131,7 +99,7 @@ class Adaptive:
     def propose(self, feed: Feed, state: State) -> Draft:
         """The drafter's own draft, or none; what it is not told now it is told when it drafts again."""
         limit = self.policy.choose(feed, state.rows)
-        state.missed.append(Part.of(feed))
+        state.missed.append(feed.step)
         if limit:
             told = merged(state.missed)
             state.missed, state.rows.behind = [], 0
@@ -142,7 +110,7 @@ class Adaptive:
         self.policy.drafted(feed, state.rows, limit, draft.height if draft.width > 1 else 0)
         return draft
 
-    def fed(self, feed: Feed, told: Part, limit: int) -> Feed:
+    def fed(self, feed: Feed, told: Step, limit: int) -> Feed:
         return replace(
             feed,
             tokens=told.tokens,

@@ -12,6 +12,7 @@ from torch import Tensor
 from foretoken.noise import Noise
 from foretoken.rules import Match, Rule
 from foretoken.sampling import Sampler, Scores
+from foretoken.step import Step
 from foretoken.target import Read
 from foretoken.tree import Draft, fresh
 
@@ -38,12 +39,10 @@ class Advance:
 
     table     [B, 4 N + 4] int64: new and committed tokens, path, and what was emitted at every node; then the columns
               of `last` and `root`, then `count` and 1 + the number of accepted guesses
-    logits    [B, N, V]; overwritten by the next step
     features  [B, N, F] along the path; None if none were asked for
     """
 
     table: Tensor
-    logits: Tensor
     features: Tensor | None
 
     @property
@@ -89,16 +88,33 @@ class Advance:
         """[B]: tokens committed, and emitted."""
         return self.table[:, -2]
 
-    def told(self) -> list[list[int]]:
-        """Per row, its part of `new`, then `count` and 1 + the number of accepted guesses: waits for the device."""
-        width = self.width
-        return [row[:width] + row[-2:] for row in self.table.tolist()]
+    def step(self, count: list[int]) -> Step:
+        """What the drafter is told; `count` as above, on the host."""
+        return committed(self.tokens, self.features, self.root, self.emitted, self.last, count)
 
     def of(self, rows: int, width: int) -> "Advance":
         """The same of a draft of so many rows and nodes, without the padding behind them; its own memory."""
         parts = [self.part(i)[:rows, :width] for i in range(4)]
         features = None if self.features is None else self.features[:rows, :width].clone()
-        return Advance(torch.cat([*parts, self.table[:rows, -4:]], 1), self.logits[:rows, :width], features)
+        return Advance(torch.cat([*parts, self.table[:rows, -4:]], 1), features)
+
+
+def told(numbers: list[int], rows: int) -> list[list[int]]:
+    """Per row of a table, whose `numbers` these are: its part of `new`, then `count` and 1 + the accepted guesses."""
+    size = len(numbers) // rows
+    width = (size - 4) // 4
+    ends = range(size, len(numbers) + 1, size)
+    return [numbers[end - size : end - size + width] + numbers[end - 2 : end] for end in ends]
+
+
+def committed(
+    tokens: Tensor, features: Tensor | None, root: Tensor, emitted: Tensor, last: Tensor, count: list[int]
+) -> Step:
+    """The step that commits the first `count[b]` of `tokens` [B, N]; what no row commits is left out."""
+    width = max(count)
+    if width < tokens.shape[1]:
+        tokens, features = tokens[:, :width], None if features is None else features[:, :width]
+    return Step(tokens, count, features, root, emitted, last)
 
 
 def advance(read: Read, draft: Draft, terms: Terms, length: Tensor, sampled: bool) -> Advance:
@@ -123,7 +139,7 @@ def decided(read: Read, draft: Draft, terms: Terms, scores: Scores) -> Advance:
     features = None
     if read.features is not None:
         features = read.features.gather(1, path[..., None].expand(-1, -1, read.features.shape[2]))
-    return Advance(torch.cat([*table, count[:, None], accepted.count[:, None]], 1), read.logits, features)
+    return Advance(torch.cat([*table, count[:, None], accepted.count[:, None]], 1), features)
 
 
 def clipped(new: Tensor, count: Tensor, terms: Terms) -> Tensor:
@@ -138,5 +154,4 @@ def clipped(new: Tensor, count: Tensor, terms: Terms) -> Tensor:
 
 def is_plain(sampler: Sampler, rule: Rule) -> bool:
     """Whether `advance` decides as this sampler and rule do: `match` under temperature alone."""
-    special = sampler.penalised or sampler.truncated or sampler.bias is not None
-    return isinstance(rule, Match) and not special and not any(s.processors for s in sampler.settings)
+    return isinstance(rule, Match) and sampler.plain

@@ -260,12 +260,11 @@ class SlotCache(Cache):
         """Forget the last `count` tokens of every row."""
         self.resize([n - count for n in self.lengths])
 
-    def resize(self, lengths: list[int]) -> None:
-        """Say how many tokens each row holds."""
-        self.lengths, self.length = (
-            lengths,
-            torch.tensor(lengths, dtype=torch.int64, device=self.length.device),
-        )
+    def resize(self, lengths: list[int], length: Tensor | None = None) -> None:
+        """Say how many tokens each row holds; `length` [B] says the same, if it is there already."""
+        if length is None:
+            length = torch.tensor(lengths, dtype=torch.int64, device=self.length.device)
+        self.lengths, self.length = lengths, length
 
     def select(self, rows: list[int]) -> None:
         index = torch.tensor(rows, dtype=torch.int64, device=self.length.device)

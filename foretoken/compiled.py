@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from foretoken.advance import Advance, Terms, decided, is_plain
+from foretoken.advance import Advance, Terms, committed, decided, is_plain, told
 from foretoken.attention import NAME
 from foretoken.cache import SlotCache
 from foretoken.errors import UserError
@@ -31,6 +31,7 @@ from foretoken.planned import PlannedCache
 from foretoken.program import Program, Progress, Recipe, is_there, place, program
 from foretoken.rules import Rule
 from foretoken.sampling import Sampler, Scores
+from foretoken.step import Step
 from foretoken.target import Read, Target
 from foretoken.tree import Draft, chain
 
@@ -41,6 +42,8 @@ UNTRACED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 """What a configuration says that no trace depends on: models that differ in it alone share a program."""
 
 
+TABLE = 1
+"""Which output of the program holds what the host is told."""
 PIECE = 48
 """Tokens of a prompt that the program reads at once: products are what takes time then, not weights."""
 
@@ -55,7 +58,7 @@ class Raced(Scores):
         return ops.foretoken.race(self.values, self.temperature.flatten(), self.noise.key, where)
 
 
-class Step(nn.Module):
+class WholeStep(nn.Module):
     """What is traced: the nodes of a draft behind the committed tokens, what is accepted, and what comes after."""
 
     def __init__(self, target: Target, features: tuple[int, ...]) -> None:
@@ -72,16 +75,20 @@ class Step(nn.Module):
         terms: list[Tensor],
         stores: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """(logits, table, features of all nodes, along the path); the last two if any are asked for."""
+        """(logits, table, length, tokens, root, emitted, last, features of all nodes, and along the path).
+
+        The features if any are asked for; `length` counts what is committed now.
+        """
         cache: Any = PlannedCache(stores, length, self.target.windows)
         draft = Draft(tokens, parent, ancestors, 0, False)
         read = self.target.extend(tokens, draft.depth, ancestors, cache, features=self.features)
         given = Terms(*terms)
         scores = Raced(draft, read.logits, given.temperature, Noise(given.key), length + 1, True)
         done = decided(read, draft, given, scores)
+        out = read.logits, done.table, length + done.count, done.tokens, done.root, done.emitted, done.last
         if read.features is None or done.features is None:
-            return read.logits, done.table
-        return read.logits, done.table, read.features, done.features
+            return out
+        return *out, read.features, done.features
 
 
 class CompiledTarget(Target):
@@ -164,8 +171,8 @@ class CompiledTarget(Target):
             work = next(iter(self.programs.values()), None)
         if work is None:
             return super().judge(draft, cache, features)
-        out = self.run(work, draft, cache, self.nothing(len(draft.tokens)))
-        return Read(out[0], out[2] if features else None)
+        out = work(*self.given(draft, cache, self.nothing(len(draft.tokens))))
+        return Read(out[0], out[-2] if features else None)
 
     def extend(
         self,
@@ -189,8 +196,8 @@ class CompiledTarget(Target):
             return super().extend(tokens, depth, ancestors, cache, offset=offset, count=count, at=at, features=features)
         if not cache.stores:
             cache.blank(self.sample)
-        out = self.run(work, chain(tokens), cache, self.nothing(len(tokens)))
-        return Read(out[0] if at is None else out[0][:, at], out[2] if features else None)
+        out = work(*self.given(chain(tokens), cache, self.nothing(len(tokens))))
+        return Read(out[0] if at is None else out[0][:, at], out[-2] if features else None)
 
     def advance(
         self,
@@ -201,7 +208,7 @@ class CompiledTarget(Target):
         limits: list[int],
         eos: Tensor,
         features: Sequence[int] = (),
-    ) -> tuple[Advance, list[list[int]]] | None:
+    ) -> tuple[Step, list[list[int]]] | None:
         """A whole step, committed in the cache, and what it told the host; None if it must be made piece by piece."""
         work = self.programs.get(tuple(features))
         if work is None or not is_plain(sampler, rule):
@@ -209,20 +216,21 @@ class CompiledTarget(Target):
         ends = eos if eos.shape[1] else self.nothing(len(limits)).eos
         limit = limits_of(*(min(n, draft.width) for n in limits))
         terms = Terms(sampler.noise.key, sampler.temperature, limit, ends)
-        out = self.run(work, draft, cache, terms)
-        done = Advance(out[1], out[0], out[3] if features else None)
+        out, numbers = work.tell(TABLE, *self.given(draft, cache, terms))
         if not draft.chained:
+            done = Advance(out[TABLE], None)
             ops.foretoken.move(cache.stores, done.path, cache.length, done.count)
-        told = done.told()
-        cache.resize([a + row[-2] for a, row in zip(cache.lengths, told, strict=True)])
-        return done, told
+        said = told(numbers, len(limits))
+        count = [row[-2] for row in said]
+        cache.resize([a + b for a, b in zip(cache.lengths, count, strict=True)], out[2])
+        tokens, root, emitted, last = out[3:7]
+        return committed(tokens, out[-1] if features else None, root, emitted, last, count), said
 
-    def run(self, work: Program, draft: Draft, cache: SlotCache, terms: Terms) -> list[Tensor]:
-        """What the program makes of a draft."""
+    def given(self, draft: Draft, cache: SlotCache, terms: Terms) -> tuple[Tensor, ...]:
+        """The program's arguments for a draft."""
         cache.require_room(draft.width)
-        given = (draft.tokens, draft.parent, draft.ancestors, cache.length)
         ends = (terms.key, terms.temperature, terms.limit, terms.eos)
-        return work(*(x.contiguous() for x in (*given, *ends)), *cache.stores)
+        return draft.tokens, draft.parent, draft.ancestors, cache.length, *ends, *cache.stores
 
     def nothing(self, batch: int) -> Terms:
         """Terms under which nothing is drawn and nothing ends."""
@@ -261,7 +269,7 @@ def recipe_for(target: Target, features: tuple[int, ...]) -> Recipe:
     row, rows = {0: batch}, {0: batch, 1: nodes}
     dynamic = (rows, rows, rows | {2: nodes}, row, [row, row, row, {0: batch, 1: ends}], by_layer)
     args = (tokens, parent, ancestors, whole + 8, terms, stores)
-    return Recipe(key_of(target, features), Step(twin, features).eval(), args, dynamic)
+    return Recipe(key_of(target, features), WholeStep(twin, features).eval(), args, dynamic)
 
 
 def key_of(target: Target, features: tuple[int, ...]) -> tuple[object, ...]:

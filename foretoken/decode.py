@@ -7,11 +7,12 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from foretoken.drafter import Drafter, Feed, stacked
+from foretoken.drafter import Drafter, Feed
 from foretoken.errors import UserError
 from foretoken.noise import Noise
 from foretoken.rules import Match, Rule
 from foretoken.sampling import Sampler, Sampling
+from foretoken.step import Step
 from foretoken.target import Target
 from foretoken.text import TextStream
 from foretoken.tree import Accepted, Draft, chain, fresh
@@ -113,37 +114,6 @@ class Row:
         return tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What the last step left for the drafter; the fields are those of `Feed`."""
-
-    tokens: Tensor
-    count: list[int]
-    features: Tensor | None
-    root: Tensor
-    emitted: Tensor
-    last: Tensor
-
-    def select(self, rows: list[int]) -> "Step":
-        i = torch.tensor(rows, dtype=torch.int64, device=self.root.device)
-        features = None if self.features is None else self.features[i]
-        count = [self.count[row] for row in rows]
-        return Step(self.tokens[i], count, features, self.root[i], self.emitted[i], self.last[i])
-
-    def join(self, other: "Step") -> "Step":
-        features = None
-        if self.features is not None and other.features is not None:
-            features = stacked(self.features, other.features)
-        return Step(
-            stacked(self.tokens, other.tokens),
-            self.count + other.count,
-            features,
-            torch.cat([self.root, other.root]),
-            stacked(self.emitted, other.emitted),
-            torch.cat([self.last, other.last]),
-        )
-
-
 class Session:
     """Rows being decoded together. `step` advances every running row by at least one token."""
 
@@ -229,12 +199,8 @@ class Session:
         made = self.target.advance(draft, self.cache, self.sampler, self.rule, limits, self._eos, features)
         if made is None:
             return None
-        done, told = made
-        committed, emitted = self._give(told)
-        width = max(committed)
-        features = None if done.features is None else done.features[:, :width]
-        self.last = Step(done.tokens[:, :width], committed, features, done.root, done.emitted, done.last)
-        return emitted
+        self.last, told = made
+        return self._give(told)[1]
 
     def _by_parts(self, draft: Draft) -> list[list[int]]:
         """The step as forward, scores, rule and commit; the tokens that each row emitted."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from foretoken.cache import SlotCache
 from foretoken.noise import DRAFT, TARGET, vocabulary
 from foretoken.sampling import Sampler, law_of
+from foretoken.step import Step
 from foretoken.tree import Draft
 
 
@@ -59,6 +60,11 @@ class Feed:
     @property
     def batch(self) -> int:
         return self.root.shape[0]
+
+    @property
+    def step(self) -> Step:
+        """What the last step left."""
+        return Step(self.tokens, self.count, self.features, self.root, self.emitted, self.last)
 
     def values(self, logits: Tensor) -> Tensor:
         """A drafter's logits [B, n, V'] cut to the target's vocabulary and truncated as the target's will be."""
@@ -113,10 +119,3 @@ class Stateless:
 
     def join(self, other: "Stateless") -> None:
         pass
-
-
-def stacked(a: Tensor, b: Tensor) -> Tensor:
-    """[Ba + Bb, M, ...] of a [Ba, Ma, ...] and b [Bb, Mb, ...], the shorter padded with zeros behind."""
-    out = a.new_zeros(len(a) + len(b), max(a.shape[1], b.shape[1]), *a.shape[2:])
-    out[: len(a), : a.shape[1]], out[len(a) :, : b.shape[1]] = a, b
-    return out

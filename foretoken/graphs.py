@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foretoken.advance import Advance, advance, is_plain
+from foretoken.advance import Advance, advance, is_plain, told
 from foretoken.arena import Arena, Shape
 from foretoken.cache import SlotCache
 from foretoken.compiled import CompiledTarget, traceable
@@ -23,6 +23,7 @@ from foretoken.planned import PlannedCache
 from foretoken.program import Progress
 from foretoken.rules import Rule
 from foretoken.sampling import Sampler
+from foretoken.step import Step
 from foretoken.target import Read, Target
 from foretoken.tree import Draft
 
@@ -176,7 +177,7 @@ class GraphedTarget(Target):
         limits: list[int],
         eos: Tensor,
         features: Sequence[int] = (),
-    ) -> tuple[Advance, list[list[int]]] | None:
+    ) -> tuple[Step, list[list[int]]] | None:
         """A whole step, committed in the cache, and what it told the host; None if it must be made piece by piece.
 
         limits  per row, the most tokens that it may emit
@@ -190,11 +191,11 @@ class GraphedTarget(Target):
         arena.tell(sampler, limits, eos)  # again, if a recording came between
         done: Advance = work.run()
         done = done.of(*draft.tokens.shape)
-        told = done.told()
-        counts = [row[-2] for row in told]
+        said = told(done.table.flatten().tolist(), len(limits))  # waits for the device
+        counts = [row[-2] for row in said]
         cache.lengths = [a + b for a, b in zip(cache.lengths, counts, strict=True)]
         arena.limits = [a - b for a, b in zip(limits, counts, strict=True)]
-        return done, told
+        return done.step(counts), said
 
     def work(self, arena: Arena, draft: Draft, features: tuple[int, ...], sampled: bool | None) -> Work:
         """The recorded step for drafts like this one, which it is filled with; `sampled` None: the forward alone."""

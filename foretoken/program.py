@@ -43,7 +43,7 @@ class Recipe:
 
 
 class Program:
-    """A compiled module: call it with the module's arguments, flat and contiguous. `facts` are its recipe's."""
+    """A compiled module: call it with the module's arguments, flat. `facts` are its recipe's."""
 
     def __init__(self, path: Path, inputs: list[Tensor], facts: dict[str, Any], *, together: bool) -> None:
         """Load what was compiled into `path`. together: its threads stay together for a whole run (`cpu/crew.h`)."""
@@ -53,6 +53,10 @@ class Program:
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
         return self.library.run(args)
+
+    def tell(self, number: int, *args: Tensor) -> tuple[list[Tensor], list[int]]:
+        """What a call returns, and the whole numbers of output `number`, one row behind the other."""
+        return self.library.tell(args, number)
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +73,11 @@ class Trace(Program):
         self.facts = recipe.facts
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
-        return list(self.graph(*self.inputs, *args))
+        return list(self.graph(*self.inputs, *(x.contiguous() for x in args)))
+
+    def tell(self, number: int, *args: Tensor) -> tuple[list[Tensor], list[int]]:
+        out = self(*args)
+        return out, out[number].flatten().tolist()
 
 
 def program(recipe: Recipe, progress: Progress | None = None, *, inductor: bool = True) -> Program:

@@ -134,7 +134,7 @@ class CompiledDrafter:
         fixed = (feed.tokens, torch.tensor(feed.count), features, feed.root, feed.length)
         sampler = feed.sampler
         out = work(
-            *(x.contiguous() for x in fixed),
+            *fixed,
             sampler.noise.key,
             sampler.temperature,
             carry,
@@ -146,7 +146,7 @@ class CompiledDrafter:
     def taken(self, out: list[Tensor], facts: dict[str, Any], state: Any) -> Draft:
         """The draft that the program returned; the state moves on as it did."""
         for cache, lengths in zip(caches_of(state), out[4:], strict=True):
-            cache.resize(lengths.tolist())
+            cache.resize(lengths.tolist(), lengths)
         if hasattr(state, "carry"):
             state.carry = out[3]
         if facts["chained"]:

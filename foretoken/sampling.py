@@ -177,6 +177,8 @@ class Sampler:
                     if not 0 <= token < self.vocab:
                         raise UserError(f"logit_bias names token {token}; the vocabulary has 0 to {self.vocab - 1}.")
                     self.bias[b, 0, token] = value
+        special = self.penalised or self.truncated or self.bias is not None
+        self.plain = not special and not any(s.processors for s in self.settings)
 
     def observe(self, tokens: Tensor, count: Tensor, *, output: bool) -> None:
         """Count the first `count[b]` of `tokens` [B, M] as prompt or output text."""

@@ -133,7 +133,7 @@ class Target:
         eos: Tensor,
         features: Sequence[int] = (),
     ) -> Any:
-        """A whole step, committed in the cache, where a target can do that: (`advance.Advance`, what it told the host).
+        """A whole step, committed in the cache, where a target can do that: (`step.Step`, what it told the host).
 
         limits  per row, the most tokens that it may emit
         eos     [B, E] int64, tokens that end each row, padded with -1

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foretoken import limits
-from foretoken.adaptive import Adaptive, Part, State, merged
+from foretoken.adaptive import Adaptive, State, merged
 from foretoken.decode import Request, Session
 from foretoken.drafter import Feed
 from foretoken.drafters import make_drafter
@@ -28,6 +28,7 @@ from foretoken.limits import GRANT, MOST, RATE, Policy, Rows
 from foretoken.paths import shallow
 from foretoken.rules import RULES, Block, Match, Rejection
 from foretoken.sampling import Sampling
+from foretoken.step import Step
 from foretoken.survival import Prior, Survival
 from foretoken.times import Times
 from foretoken.tree import Draft
@@ -104,7 +105,7 @@ def test_guesses_after_a_rest_are_those_of_a_drafter_that_never_rested(key: str,
 parts_of = st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=5)
 
 
-def part(counts: list[int], first: int, width: int = 2) -> Part:
+def part(counts: list[int], first: int, width: int = 2) -> Step:
     """Numbered tokens, behind them some that are none; features tell position and row."""
     longest = max(1, *counts) + 1
     tokens = torch.full((3, longest), -9)
@@ -112,7 +113,8 @@ def part(counts: list[int], first: int, width: int = 2) -> Part:
         tokens[b, :n] = first + torch.arange(n)
     features = torch.stack([tokens * 2.0, torch.arange(3.0)[:, None].expand(-1, longest)], -1)
     emitted = first + torch.arange(3 * width).view(3, width)
-    return Part(tokens, counts, features, emitted, torch.tensor([0, 1, 0]))
+    root = tokens[:, 0] + first
+    return Step(tokens, counts, features, root, emitted, torch.tensor([0, 1, 0]))
 
 
 @given(counts=parts_of)
@@ -127,6 +129,7 @@ def test_what_was_missed_is_told_in_order(counts: list[list[int]]):
         later = sum(p.count[b] for p in parts[1:])
         assert int(whole.last[b]) == min(int(parts[0].last[b]) + later, 1)
     assert torch.equal(whole.emitted, parts[0].emitted)
+    assert torch.equal(whole.root, parts[-1].root)
 
 
 def test_a_drafter_that_iterates_goes_on_with_the_answers_to_its_own_draft():

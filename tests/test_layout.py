@@ -24,6 +24,7 @@ CORE = [
     "sampling",
     "rules",
     "cache",
+    "step",
     "unembed",
     "target",
     "attention",

@@ -168,7 +168,10 @@ void move(at::TensorList stores, const Tensor& path, const Tensor& length, const
 }
 
 TORCH_LIBRARY_FRAGMENT(foretoken, m) {
-  m.class_<Program>("Program").def(torch::init<std::string, std::vector<Tensor>, bool>()).def("run", &Program::run);
+  m.class_<Program>("Program")
+      .def(torch::init<std::string, std::vector<Tensor>, bool>())
+      .def("run", &Program::run)
+      .def("tell", &Program::tell);
   const auto define = [&](const std::string& name, const std::string& signature) {
     // where there is a GPU, `operators.py` may have said so before
     if (!c10::Dispatcher::singleton().findSchema({"foretoken::" + name, ""})) m.def((name + signature).c_str());

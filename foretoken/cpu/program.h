@@ -7,6 +7,7 @@
 
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -23,11 +24,20 @@ class Program : public torch::CustomClassHolder {
 
   std::vector<at::Tensor> run(std::vector<at::Tensor> args) {
     const std::lock_guard<std::mutex> alone(lock);
+    for (at::Tensor& arg : args) arg = arg.contiguous();
     args.insert(args.begin(), inputs.begin(), inputs.end());
     if (!together || at::get_num_threads() == 1 || at::in_parallel_region()) return loader.run(args);
     std::vector<at::Tensor> out;
     Crew::run(order, [&] { out = loader.run(args); });
     return out;
+  }
+
+  // The same, and the whole numbers of output `number`, one row behind the other.
+  std::tuple<std::vector<at::Tensor>, std::vector<int64_t>> tell(std::vector<at::Tensor> args, int64_t number) {
+    auto out = run(std::move(args));
+    const at::Tensor told = out.at(number).contiguous();
+    const int64_t* first = told.const_data_ptr<int64_t>();
+    return {std::move(out), std::vector<int64_t>(first, first + told.numel())};
   }
 
  private:
