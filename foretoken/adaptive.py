@@ -106,7 +106,7 @@ class Adaptive:
             draft = self.drafter.propose(self.fed(feed, told, limit), state.inner)
         else:
             state.rows.behind += 1
-            draft = chain(feed.root[:, None])
+            draft = chain(feed.root.unsqueeze(1))
         self.policy.drafted(feed, state.rows, limit, draft.height if draft.width > 1 else 0)
         return draft
 

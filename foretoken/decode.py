@@ -147,7 +147,8 @@ class Session:
                     raise UserError("Stop strings and streaming need text; load the model with its tokenizer.")
                 row.stream = TextStream(target.tokenizer, row.request.stop, row.request.tokens)
         self._eos = self._eos_table()
-        with torch.inference_mode():
+        self._mode = torch.inference_mode()  # one for all steps
+        with self._mode:
             self.last = self._prefill(on_read)
 
     def _fitted(self, request: Request) -> Request:
@@ -186,7 +187,7 @@ class Session:
         """One forward for all rows, if any is running. Returns the tokens that each emitted, none for finished ones."""
         if not self.running:
             return [[] for _ in self.rows]
-        with torch.inference_mode():
+        with self._mode:
             draft = self.drafter.propose(self.feed(), self.state)
             return self._at_once(draft) or self._by_parts(draft)
 

@@ -19,7 +19,7 @@ class Plain:
         return Stateless()
 
     def propose(self, feed: Feed, state: Stateless) -> Draft:
-        return chain(feed.root[:, None])
+        return chain(feed.root.unsqueeze(1))
 
 
 def build(target: Target, config: Config) -> Plain:
