@@ -17,6 +17,8 @@ from foretoken.tree import Draft
 
 TREES = ("auto", "chain", "beam", "dynamic", "static", "hardware")
 CANDIDATES = ("auto", "sampled", "top")
+WIDTH = 8
+"""Paths that a dynamic tree follows, if nothing says how many."""
 COLD = 0.6
 """Below this temperature the likeliest tokens survive rejection more often than drawn ones."""
 
@@ -44,7 +46,7 @@ class Settings:
                 dynamic, with as many nodes and levels as pay on this machine, which is timed; auto: chain or beam if
                 a width is given, else dynamic for eagle, static for others if there is one, or a chain
     depth       guesses on the longest path (0: as many as there are)
-    width       paths followed at each depth (0: as the tree needs)
+    width       paths followed at each depth (0: as the tree needs; of a dynamic one, its nodes by its depth)
     nodes       guesses of a static or dynamic tree, the best ones (0: all)
     stop        stop behind a guess less likely than this under the drafter
     candidates  sampled: as the target will draw them, or under rejection rules drawn from the drafter's law; top: its
@@ -142,8 +144,8 @@ def planned(
     if kind == "hardware":
         if target is None:
             raise UserError("This method does not say whose forwards to time; use another tree than hardware.")
-        return Plan(Shape(depth, s.width or 8, MOST, s.stop), fixed, s.candidates, Clock(target))
+        return Plan(Shape(depth, s.width or WIDTH, MOST, s.stop), fixed, s.candidates, Clock(target))
     if kind == "dynamic":
-        width = s.width or 8
+        width = s.width or max(2, round(s.nodes / depth) if s.nodes else WIDTH)
         return Plan(Shape(depth, width, s.nodes or depth * width, s.stop), fixed, s.candidates)
     return Plan(Shape(depth, 1 if kind == "chain" else s.width or 4, 0, s.stop), candidates=s.candidates)

@@ -87,14 +87,18 @@ def tree(tokens: Tensor, parent: Tensor, q: Tensor | None = None) -> Draft:
 
 
 def closure(parent: Tensor) -> Tensor:
-    """`ancestors` [B, N, N] of `parent` [B, N]: the reflexive transitive closure, by repeated squaring."""
-    N = parent.shape[1]
+    """`ancestors` [B, N, N] of `parent` [B, N]: each node sees itself and what the node above it sees.
+
+    What is seen and the node above are doubled together (pointer jumping), log2 N times.
+    """
+    B, N = parent.shape
     node = torch.arange(N, device=parent.device)
-    seen = (parent[:, :, None] == node) | (node == node[:, None])
+    seen = (node == node[:, None]).repeat(B, 1, 1)
+    above = torch.where(parent >= 0, parent, node)
     reach = 1
-    while reach < N - 1:
-        step = seen.float()
-        seen = torch.bmm(step, step) > 0
+    while reach < N:
+        seen = seen | seen.gather(1, above[..., None].expand(B, N, N))
+        above = above.gather(1, above)
         reach *= 2
     return seen
 

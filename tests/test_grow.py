@@ -221,5 +221,7 @@ def test_plans_for_every_tree():
     assert planned(Settings(tree="chain", width=3), 4) == Plan(Shape(4))
     assert planned(Settings(tree="dynamic", nodes=0), 4).nodes == 33
     assert planned(Settings(tree="dynamic", width=3, nodes=20), 4).slots == 21
-    assert planned(Settings(tree="dynamic", nodes=5), 4).slots == 33
+    widths = {nodes: planned(Settings(tree="dynamic", nodes=nodes), 6).shape.width for nodes in (0, 5, 16, 48, 60)}
+    assert widths == {0: 8, 5: 2, 16: 3, 48: 8, 60: 10}  # EAGLE-2's 60 guesses follow 10 paths
+    assert planned(Settings(tree="dynamic", nodes=5), 4).slots == 9
     assert planned(Settings(candidates="top"), 4, {"0": [[0], [0, 0]]}).candidates == "top"

@@ -282,9 +282,9 @@ def test_plans():
     assert planned(Config(), 3) == Plan(Shape(3))
     assert planned(Config(width=2), 3, trees) == Plan(Shape(3, 2))
     assert planned(Config(depth=9), 3) == Plan(Shape(3))
-    assert planned(Config(), 3, usual="dynamic") == planned(Config(tree="dynamic"), 3) == Plan(Shape(3, 8, 16))
+    assert planned(Config(), 3, usual="dynamic") == planned(Config(tree="dynamic"), 3) == Plan(Shape(3, 5, 16))
     drawn = planned(Config(), 3, trees, usual="dynamic")  # by value, but for drawn guesses
-    assert drawn == Plan(Shape(3, 8, 16), {0.0: trees["0"], 1.0: trees["1"]})
+    assert drawn == Plan(Shape(3, 5, 16), {0.0: trees["0"], 1.0: trees["1"]})
     assert planned(Config(tree="beam"), 3, trees) == Plan(Shape(3, 4))
     with pytest.raises(UserError, match="none is calibrated; run `foretoken calibrate`"):
         planned(Config(tree="static"), 3)

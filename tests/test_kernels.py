@@ -18,7 +18,7 @@ from foretoken.tree import chain, tree
 ops: Any = torch.ops.foretoken
 DTYPES = {torch.float32: 2e-5, torch.float64: 1e-13, torch.bfloat16: 2e-2}
 """What rounding may do to sums of numbers around 1."""
-CHUNK = 512
+CHUNK = 1024
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -159,9 +159,9 @@ def case(D: int, E: int, lengths: list[int], S: int, dtype: torch.dtype) -> tupl
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("D", "E"), [(8, 8), (12, 12), (20, 12), (64, 64), (80, 80), (128, 128), (20, 64)])
 def test_attention_is_a_softmax_over_what_is_seen(D: int, E: int, dtype: torch.dtype):
-    """Trees and chains behind 0 to 700 committed tokens: within a chunk, at its edge and over two."""
-    lengths = [0, 9, CHUNK - 3, CHUNK, 700]
-    query, keys, values = case(D, E, lengths, 720, dtype)
+    """Trees and chains behind up to 1,212 committed tokens: within a chunk, at its edge and over two."""
+    lengths = [0, 9, CHUNK - 3, CHUNK, CHUNK + 188]
+    query, keys, values = case(D, E, lengths, CHUNK + 208, dtype)
     seen = shape_of(len(lengths))
     got = ops.attend(query, keys, values, plan_of(lengths, seen[1], 0), 0.3, 0.0, None)
     assert (got.double() - dense(query, keys, values, lengths, seen)).abs().max() <= DTYPES[dtype]
@@ -188,7 +188,7 @@ def test_windows_rings_softcaps_and_sinks(window: int, extra: dict[str, Any]):
 def test_a_node_attends_alike_in_every_batch_and_tree(D: int, window: int, dtype: torch.dtype):
     """Its bits are those of its path decoded one token at a time, alone."""
     lengths = [30, CHUNK - 2, 2 * CHUNK - 4]
-    query, keys, values = case(D, D, lengths, 1100, dtype)
+    query, keys, values = case(D, D, lengths, 2 * CHUNK + 60, dtype)
     depth, ancestors = shape_of(3)
     whole = ops.attend(query, keys, values, plan_of(lengths, ancestors, window), 0.3, 0.0, None)
     one = torch.ones(1, 1, 1, dtype=torch.bool)

@@ -10,6 +10,7 @@ from foretoken.compiled import CompiledTarget
 from foretoken.decode import Request, Row
 from foretoken.drafters import COMPILED, make_drafter
 from foretoken.generation import decode_all
+from foretoken.lowering import Lowered, lower
 from foretoken.proposal import LONG, CompiledDrafter
 from foretoken.rules import Match, Rejection, Rule
 from foretoken.sampling import Sampling
@@ -76,6 +77,22 @@ def test_greedy_and_sampled_drafts_are_two_programs():
     for temperature in (0.0, 0.7, 0.0, 1.3):
         decoded(work, work.target, [Request(prompt, Sampling(temperature=temperature), 0, 12)])
     assert sorted(work.programs) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("key", ["eagle_1", "deepseek_shared", "mtp_tree"])
+def test_trees_are_made_without_a_product_of_torchs_own(key: str, monkeypatch: pytest.MonkeyPatch):
+    """Beside one, a program's threads would not stay together."""
+    seen: list[bool] = []
+
+    def lowered(*args: Any) -> Lowered:
+        found = lower(*args)
+        seen.append(found.ours)
+        return found
+
+    monkeypatch.setattr("foretoken.program.lower", lowered)
+    _, work = compiled(key, "llama", "float64")
+    decoded(work, work.target, [Request(prompts_of(work.target)[0], Sampling(), 0, 6)])
+    assert work.programs and len(seen) == 2 and all(seen)
 
 
 def test_drawn_guesses_and_prompts_are_left_to_the_drafter():

@@ -21,9 +21,17 @@ constexpr int TURNED = 4, MIXED = 6;
 #else
 constexpr int TURNED = 1, MIXED = 4;
 #endif
-constexpr int64_t CHUNK = 512;  // positions whose attention is one piece of work
-constexpr int64_t AHEAD = 64;   // positions whose keys are fetched before they are used
-constexpr int64_t SOON = 32;    // positions whose values are
+constexpr int64_t CHUNK = 1024;  // positions whose attention is one piece of work
+constexpr int64_t AHEAD = 64;    // positions whose keys are fetched before they are used
+constexpr int64_t SOON = 32;     // positions whose values are
+
+// Rows of a cache that lie one behind the other.
+template <class T>
+struct Lines {
+  const T* first;
+  int64_t stride;
+  const T* operator()(int64_t i) const { return first + i * stride; }
+};
 
 inline Floats exponential(Floats x) {
   // Cephes' expf: 2^n times a polynomial of the remainder
@@ -175,13 +183,27 @@ struct Queries {
       lines[i] = square + i * size;
     }
     for (int64_t q = 0; q < Q; q++) {
-      Vec sums[L] = {};
-      for (int64_t k = 0; k < size; k += VALUES) {
-        const auto x = K::cells(rows + q * size + k);
-#pragma GCC unroll 16
-        for (int i = 0; i < L; i++) sums[i] = K::mac(sums[i], K::cells(lines[i] + k), x);
+      Vec sums[L];
+      switch (vectors) {
+        case 2: products<2>(rows + q * size, lines, sums); break;
+        case 4: products<4>(rows + q * size, lines, sums); break;
+        default: products<0>(rows + q * size, lines, sums);
       }
       put(totals_of<typename Squares<T>::Index>(sums), out + q * stride);
+    }
+  }
+
+  // The products of a query and L keys, lane by lane, a key at a time: memory is read as it lies. COUNT: the vectors of
+  // each, if that is known.
+  template <int COUNT>
+  inline __attribute__((always_inline)) void products(const T* query, const T* const (&lines)[L], Vec (&sums)[L]) const {
+    const int64_t count = COUNT ? COUNT : vectors;
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i++) {
+      sums[i] = Vec{};
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < count; c++)
+        sums[i] = K::mac(sums[i], K::cells(lines[i] + c * VALUES), K::cells(query + c * VALUES));
     }
   }
 
@@ -244,7 +266,7 @@ inline void mix_vectors(const Row& row, int64_t begin, int64_t end, const typena
     for (int i = 0; i < WIDE; i++) s[m][i] = load_some<WHOLE, typename K::Vec>(sums + m * E + i * L, count);
   T part[L] = {};
   for (int64_t p = begin; p < end; p++) {
-    if (WHOLE) fetch(row(p + SOON), WIDE * L);
+    if (WHOLE) fetch<NEAREST>(row(p + SOON), WIDE * L);
     else std::copy_n(row(p), count, part);
     typename K::Vec v[WIDE];
 #pragma GCC unroll 4
@@ -325,13 +347,16 @@ typename Kind<T>::Sum soften(typename Kind<T>::Sum* scores, int64_t begin, int64
 template <class T>
 void score_committed(const Head<T>& h, const Head<T>* next, Queries<T>& queries, typename Kind<T>::Sum* scores,
                      int64_t stride) {
+  using Sum = typename Kind<T>::Sum;
   constexpr int64_t L = Kind<T>::lanes;
   const int64_t committed = h.committed();
   for (int64_t p = h.oldest(); p < committed; p += L) {
     const int64_t ahead = p + AHEAD;
-    if (ahead < committed) fetch(h.key(ahead), L * h.key_stride);
-    else if (next) fetch(next->key(next->oldest() + ahead - committed), L * h.key_stride);
-    queries.score([&](int64_t i) { return h.key(std::min(p + i, committed - 1)); }, scores + (p - h.low), stride);
+    if (ahead < committed) fetch<NEAREST>(h.key(ahead), L * h.key_stride);
+    else if (next) fetch<NEAREST>(next->key(next->oldest() + ahead - committed), L * h.key_stride);
+    Sum* out = scores + (p - h.low);
+    if (p + L <= committed && h.slot(p) + L <= h.S) queries.score(Lines<T>{h.key(p), h.key_stride}, out, stride);
+    else queries.score([&](int64_t i) { return h.key(std::min(p + i, committed - 1)); }, out, stride);
   }
 }
 
@@ -378,9 +403,11 @@ void attend_chunk(const Head<T>& h, const Head<T>* next, Room& room, typename Ki
     if (begin >= end) std::fill_n(s, std::max<int64_t>(0, committed - low), Sum(0));
     else std::fill_n(s + (oldest - low), std::max<int64_t>(0, begin - oldest), Sum(0));
   }
-  if (committed > oldest)
-    mix<T>([&](int64_t p) { return h.value(p); }, oldest, committed, scores + (oldest - low), stride, sums, h.E, Q,
+  for (int64_t p = oldest, end; p < committed; p = end) {  // as far as values lie one behind the other
+    end = std::min(committed, p + h.S - h.slot(p));
+    mix<T>(Lines<T>{h.value(p), h.value_stride}, 0, end - p, scores + (p - low), stride, sums, h.E, Q,
            std::make_integer_sequence<int, MIXED>{});
+  }
   for (int64_t q = 0; branches && q < Q; q++) {
     const int64_t n = q / h.G, begin = std::max(low, h.length), end = std::min(high, h.length + room.depth[n]);
     const auto node = [&](int64_t p) { return h.value(h.length + room.path[n * h.M + p - h.length]); };

@@ -15,10 +15,13 @@
 
 namespace {
 
+// How near to bring what is fetched: into a core's second-level cache, or into its first.
+constexpr int NEAR = 2, NEAREST = 3;
+
 // Begin to bring `count` values nearer; it does no harm if there are none.
-template <class T>
+template <int LEVEL = NEAR, class T>
 inline void fetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, LEVEL);
 }
 
 // `count` blocks of weights of so many bytes, which one piece of work reads.
@@ -83,8 +86,8 @@ class Crew {
  private:
   friend class Items;
   using Part = std::uint64_t;               // first and last + 1 of the items that are left to a thread
-  static constexpr int MOST = 256;          // threads
-  static constexpr int64_t NEAR = 1 << 19;  // bytes that are fetched before they are needed: half a core's own cache
+  static constexpr int MOST = 256;           // threads
+  static constexpr int64_t EARLY = 1 << 19;  // bytes that are fetched before they are needed: half a core's own cache
   struct alignas(64) Left : std::atomic<Part> {};
 
   const std::vector<Weights>& order;
@@ -162,7 +165,7 @@ class Crew {
       const Weights& weights = order[soon % order.size()];
       const int64_t threads = omp_get_num_threads();
       at = weights.first + rank * weights.count / threads * weights.bytes;
-      end = std::min(at + NEAR, weights.first + (rank + 1) * weights.count / threads * weights.bytes);
+      end = std::min(at + EARLY, weights.first + (rank + 1) * weights.count / threads * weights.bytes);
     }
     for (int looks = 0; begun.load(std::memory_order_acquire) == seen;) {
       if (at < end) fetch(at, 512), at += 512;
