@@ -212,8 +212,7 @@ def decoded(target: Target, name: str, prompts: list[list[int]], tokens: int, **
             session = Session(target, drafter, [Request(prompt, max_new_tokens=tokens)])
             synchronise(target.device)
             began = perf_counter()
-            while session.running:
-                session.step()
+            session.run()
             seconds += perf_counter() - began
             row = session.rows[0]
             emitted, forwards = emitted + row.emitted - 1, forwards + row.forwards

@@ -17,7 +17,10 @@ from foretoken.tree import Draft, chain
 
 
 class Chooser(Protocol):
-    """Says how deep the next draft of a session may be; told afterwards how deep it was (0: it has no guess)."""
+    """Says how deep the next draft of a session may be; told afterwards how deep it was (0: it has no guess).
+
+    If it may not be deep at all, `Rows.plain` says how many steps may be made before it is asked again.
+    """
 
     def rows(self, batch: int) -> Rows: ...
 
@@ -108,7 +111,7 @@ class Adaptive:
             state.rows.behind += 1
             draft = chain(feed.root.unsqueeze(1))
         self.policy.drafted(feed, state.rows, limit, draft.height if draft.width > 1 else 0)
-        return draft
+        return draft if limit else replace(draft, times=state.rows.plain)
 
     def fed(self, feed: Feed, told: Step, limit: int) -> Feed:
         return replace(

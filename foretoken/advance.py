@@ -99,12 +99,18 @@ class Advance:
         return Advance(torch.cat([*parts, self.table[:rows, -4:]], 1), features)
 
 
-def told(numbers: list[int], rows: int) -> list[list[int]]:
-    """Per row of a table, whose `numbers` these are: its part of `new`, then `count` and 1 + the accepted guesses."""
-    size = len(numbers) // rows
-    width = (size - 4) // 4
+def told(numbers: list[int], rows: int, width: int) -> list[list[int]]:
+    """Per row of a table, whose `numbers` these are: its part of `new`, then `count` and 1 + the accepted guesses.
+
+    Tables of several steps without guesses, one behind the other, count as one.
+    """
+    size = 4 * width + 4
     ends = range(size, len(numbers) + 1, size)
-    return [numbers[end - size : end - size + width] + numbers[end - 2 : end] for end in ends]
+    found = [numbers[end - size : end - size + width] + numbers[end - 2 : end] for end in ends]
+    if len(found) == rows:
+        return found
+    runs = ([new for new, count, _ in found[b::rows] if count] for b in range(rows))
+    return [[*new, len(new), 1] for new in runs]
 
 
 def committed(

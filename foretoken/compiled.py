@@ -28,7 +28,7 @@ from foretoken.errors import UserError
 from foretoken.kernels import DTYPES, processor_flags
 from foretoken.noise import Noise
 from foretoken.planned import PlannedCache
-from foretoken.program import Program, Progress, Recipe, is_there, place, program
+from foretoken.program import Loop, Program, Progress, Recipe, is_there, place, program
 from foretoken.rules import Rule
 from foretoken.sampling import Sampler, Scores
 from foretoken.step import Step
@@ -42,8 +42,10 @@ UNTRACED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 """What a configuration says that no trace depends on: models that differ in it alone share a program."""
 
 
-TABLE = 1
-"""Which output of the program holds what the host is told."""
+TABLE, LENGTH, TOKENS, ROOT, LEFT = 1, 2, 3, 4, 7
+"""Outputs of the program by number, of which the host is told the first."""
+ARGS = {ROOT: 0, LENGTH: 3, LEFT: 6}
+"""Which of them become which arguments when it runs again."""
 PIECE = 48
 """Tokens of a prompt that the program reads at once: products are what takes time then, not weights."""
 
@@ -75,9 +77,9 @@ class WholeStep(nn.Module):
         terms: list[Tensor],
         stores: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """(logits, table, length, tokens, root, emitted, last, features of all nodes, and along the path).
+        """(logits, table, length, tokens, root, emitted, last, left, features of all nodes, and along the path).
 
-        The features if any are asked for; `length` counts what is committed now.
+        The features if any are asked for; `length` counts what is committed now, `left` what may still be emitted.
         """
         cache: Any = PlannedCache(stores, length, self.target.windows)
         draft = Draft(tokens, parent, ancestors, 0, False)
@@ -85,7 +87,9 @@ class WholeStep(nn.Module):
         given = Terms(*terms)
         scores = Raced(draft, read.logits, given.temperature, Noise(given.key), length + 1, True)
         done = decided(read, draft, given, scores)
-        out = read.logits, done.table, length + done.count, done.tokens, done.root, done.emitted, done.last
+        ended = (done.root[:, None] == given.eos).any(1)
+        left = torch.where(ended, 0, given.limit - done.count)
+        out = read.logits, done.table, length + done.count, done.tokens, done.root, done.emitted, done.last, left
         if read.features is None or done.features is None:
             return out
         return *out, read.features, done.features
@@ -209,21 +213,24 @@ class CompiledTarget(Target):
         eos: Tensor,
         features: Sequence[int] = (),
     ) -> tuple[Step, list[list[int]]] | None:
-        """A whole step, committed in the cache, and what it told the host; None if it must be made piece by piece."""
+        """A whole step, committed in the cache, and what it told the host; None if it must be made piece by piece.
+
+        Several steps if the draft may be repeated: they count as one, in which every token was committed.
+        """
         work = self.programs.get(tuple(features))
         if work is None or not is_plain(sampler, rule):
             return None
         ends = eos if eos.shape[1] else self.nothing(len(limits)).eos
-        limit = limits_of(*(min(n, draft.width) for n in limits))
+        limit = limits_of(*(min(n, draft.width) for n in limits) if draft.times == 1 else room(draft, cache, limits))
         terms = Terms(sampler.noise.key, sampler.temperature, limit, ends)
-        out, numbers = work.tell(TABLE, *self.given(draft, cache, terms))
+        out, numbers = work.repeat(draft.times, *self.given(draft, cache, terms))
         if not draft.chained:
             done = Advance(out[TABLE], None)
             ops.foretoken.move(cache.stores, done.path, cache.length, done.count)
-        said = told(numbers, len(limits))
+        said = told(numbers, len(limits), draft.width)
         count = [row[-2] for row in said]
-        cache.resize([a + b for a, b in zip(cache.lengths, count, strict=True)], out[2])
-        tokens, root, emitted, last = out[3:7]
+        cache.resize([a + b for a, b in zip(cache.lengths, count, strict=True)], out[LENGTH])
+        tokens, root, emitted, last = out[TOKENS:LEFT]
         return committed(tokens, out[-1] if features else None, root, emitted, last, count), said
 
     def given(self, draft: Draft, cache: SlotCache, terms: Terms) -> tuple[Tensor, ...]:
@@ -241,6 +248,11 @@ class CompiledTarget(Target):
 
     def shallow(self, layers: int) -> Target:
         return self.eager.shallow(layers)
+
+
+def room(draft: Draft, cache: SlotCache, limits: list[int]) -> list[int]:
+    """Tokens that each row may emit while the draft is repeated: within its limit, and what slots there are."""
+    return [min(n, draft.times, cache.capacity - held) for n, held in zip(limits, cache.lengths, strict=True)]
 
 
 @lru_cache(maxsize=256)
@@ -269,7 +281,9 @@ def recipe_for(target: Target, features: tuple[int, ...]) -> Recipe:
     row, rows = {0: batch}, {0: batch, 1: nodes}
     dynamic = (rows, rows, rows | {2: nodes}, row, [row, row, row, {0: batch, 1: ends}], by_layer)
     args = (tokens, parent, ancestors, whole + 8, terms, stores)
-    return Recipe(key_of(target, features), WholeStep(twin, features).eval(), args, dynamic)
+    kept = (TOKENS, 9) if features else (TOKENS,)
+    loop = Loop(list(ARGS.items()), LEFT, TABLE, kept)
+    return Recipe(key_of(target, features), WholeStep(twin, features).eval(), args, dynamic, loop=loop)
 
 
 def key_of(target: Target, features: tuple[int, ...]) -> tuple[object, ...]:

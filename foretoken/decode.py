@@ -184,17 +184,27 @@ class Session:
         return [i for i, row in enumerate(self.rows) if row.finish is None]
 
     def step(self) -> list[list[int]]:
-        """One forward for all rows, if any is running. Returns the tokens that each emitted, none for finished ones."""
+        """A step for all rows, if any is running. Returns the tokens that each emitted, none for finished ones.
+
+        It is one forward, or several plain ones where the drafter asked for that and nobody waits for each token.
+        """
         if not self.running:
             return [[] for _ in self.rows]
         with self._mode:
             draft = self.drafter.propose(self.feed(), self.state)
             return self._at_once(draft) or self._by_parts(draft)
 
+    def run(self) -> None:
+        """Steps until no row is running."""
+        while self.running:
+            self.step()
+
     def _at_once(self, draft: Draft) -> list[list[int]] | None:
         """The step in one call of the target, if it can do that; the tokens that each row emitted."""
         if any(row.request.logprobs for row in self.rows):
             return None
+        if draft.times > 1 and any(row.stream is not None or row.request.until is not None for row in self.rows):
+            draft = replace(draft, times=1)
         limits = [row.remaining for row in self.rows]
         features = self.drafter.needs.features
         made = self.target.advance(draft, self.cache, self.sampler, self.rule, limits, self._eos, features)
@@ -268,7 +278,8 @@ class Session:
         """
         counts, emitted = [row[-2] for row in told], list[list[int]]()
         for b, row in enumerate(self.rows):
-            row.forwards += int(row.finish is None and row.emitted > 0)
+            if row.finish is None and row.emitted > 0:
+                row.forwards += max(1, counts[b] - (told[b][-1] - 1))  # each emits a token that was not guessed
             emitted.append(row.take(told[b][: counts[b]], told[b][-1] - 1, None if logprobs is None else logprobs[b]))
         return counts, emitted
 

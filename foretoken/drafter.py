@@ -13,6 +13,9 @@ from foretoken.sampling import Sampler, law_of
 from foretoken.step import Step
 from foretoken.tree import Draft
 
+RUN = 8
+"""Plain steps that are made at once where nobody waits for each token: what asking for them takes is shared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Needs:

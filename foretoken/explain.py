@@ -137,8 +137,7 @@ class Run:
     def output(self, target: Target, request: Request) -> list[int]:
         """Everything that it emits."""
         session = Session(target, self.drafter, [request], rule=self.rule)
-        while session.running:
-            session.step()
+        session.run()
         return session.rows[0].output
 
     def watched(self, target: Target, request: Request, place: int) -> tuple[Place, Tensor]:

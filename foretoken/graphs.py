@@ -191,7 +191,7 @@ class GraphedTarget(Target):
         arena.tell(sampler, limits, eos)  # again, if a recording came between
         done: Advance = work.run()
         done = done.of(*draft.tokens.shape)
-        said = told(done.table.flatten().tolist(), len(limits))  # waits for the device
+        said = told(done.table.flatten().tolist(), len(limits), draft.width)  # waits for the device
         counts = [row[-2] for row in said]
         cache.lengths = [a + b for a, b in zip(cache.lengths, counts, strict=True)]
         arena.limits = [a - b for a, b in zip(limits, counts, strict=True)]

@@ -7,12 +7,13 @@ may lose against plain decoding is kept in an account, which no step may overdra
 """
 
 from dataclasses import dataclass, field
+from math import ceil
 from time import perf_counter
 
 import numpy as np
 
 from foretoken.costs import same
-from foretoken.drafter import Feed
+from foretoken.drafter import RUN, Feed
 from foretoken.survival import Prior, Survival, Vector, Whole
 from foretoken.times import ENOUGH, Times
 
@@ -55,6 +56,7 @@ class Rows:
     prior   the chances of all rows, the same object for all sessions
     limits  per row, that of its last draft; 0: there was none, -1: its drafter was never asked
     behind  tokens of a row that its drafter has not been told
+    plain   plain steps that were asked for at once when it last chose
     news    limits and counts of committed tokens of the drafted steps that are yet to be learnt from
     """
 
@@ -62,6 +64,7 @@ class Rows:
     prior: Prior
     limits: list[int]
     behind: int = 0
+    plain: int = 1
     news: list[tuple[list[int], list[int]]] = field(default_factory=list[tuple[list[int], list[int]]])
 
     @classmethod
@@ -72,6 +75,10 @@ class Rows:
     def fresh(self) -> bool:
         """Whether a row's drafter has not read its prompt."""
         return min(self.limits) < 0
+
+    def made(self, feed: Feed) -> int:
+        """Steps since it last chose: each commits a token, if they were plain."""
+        return max(1, min(self.plain, max(feed.count)))
 
     def learn(self) -> None:
         """What survived, of rows that committed anything."""
@@ -146,14 +153,16 @@ class Policy:
 
     def choose(self, feed: Feed, rows: Rows) -> int:
         """The limit of the next draft."""
-        times = self.times_of(feed.batch)
-        if self.barred(times, rows) and self.unseen(rows):
+        times, steps = self.times_of(feed.batch), rows.made(feed)
+        rows.behind += steps - 1
+        self.rest = max(0, self.rest - (steps - 1))
+        if self.barred(times, rows) and self.unseen(rows, steps):
             return 0
         now = perf_counter()
         if max(rows.limits) > 0:
             rows.news.append((rows.limits, list(feed.count)))
         last = self.last if self.last is not None and same(self.last.texts, feed.texts) else None
-        self.won = last is not None and self.account(last, feed, times, now)
+        self.won = last is not None and self.account(last, feed, times, now, steps)
         if last and self.kept and self.loss <= self.balance and not times.due:
             self.kept -= 1
         else:
@@ -165,21 +174,31 @@ class Policy:
         """Whether the accounts cover no draft at all."""
         return self.balance < times.need or (rows.fresh and self.prefill < 0)
 
-    def unseen(self, rows: Rows) -> bool:
-        """Whether a step that must be plain is neither timed nor learnt from: to think costs time as well."""
+    def unseen(self, rows: Rows, steps: int) -> bool:
+        """Whether what must be plain is neither timed nor learnt from: to think costs time as well.
+
+        If so the last `steps` are booked as they are.
+        """
         self.idle += 1
         if max(rows.limits) > 0 or self.idle % LOOK < 2:
             return False
         self.last = None
-        self.balance, self.prefill = min(MOST, self.balance + RATE), min(MOST, self.prefill + RATE)
+        gain = RATE * steps
+        self.balance, self.prefill = min(MOST, self.balance + gain), min(MOST, self.prefill + gain)
         return True
+
+    def ahead(self, times: Times, rows: Rows) -> int:
+        """How many steps, the next one included, are plain whatever they bring."""
+        short = max(times.need - self.balance, -self.prefill if rows.fresh else 0.0, 0.0)
+        return min(RUN, max(1 + self.rest, ceil(short / RATE)))
 
     def drafted(self, feed: Feed, rows: Rows, limit: int, height: int) -> None:
         """Note what the drafter made of its limit."""
+        times = self.times_of(feed.batch)
+        rows.plain = 1 if limit else self.ahead(times, rows)
         if not limit:
             rows.limits = [min(n, 0) for n in rows.limits]
             return
-        times = self.times_of(feed.batch)
         times.share += (bool(height) - times.share) / SEEN
         self.reach, self.short = max(self.reach, height), self.short or 0 < height < limit
         if height > limit:
@@ -197,9 +216,9 @@ class Policy:
             self.times[size] = Times(self.times.get(near))
         return self.times[size]
 
-    def account(self, last: Asked, feed: Feed, times: Times, now: float) -> bool:
-        """Time the last step, which was of the same rows, and book what it brought: whether more than it took."""
-        seconds = now - last.moment
+    def account(self, last: Asked, feed: Feed, times: Times, now: float, steps: int) -> bool:
+        """Time the last steps, which were of the same rows, and book what they brought: whether more than they took."""
+        seconds = (now - last.moment) / steps
         late = times.reading * last.behind * times.typical.get(0, 0.0) if last.limit else 0.0
         if not last.prompts and (last.limit == 0 or last.limit in self.limits):
             if last.limit and last.behind >= FAR and times.known(last.limit):
@@ -208,7 +227,7 @@ class Policy:
             times.note(last.limit, max(0.0, seconds - late))
         if not times.plain:
             return False
-        took, brought = seconds / times.typical[0], 1.0
+        took, brought = seconds / times.typical[0], float(steps)
         read = min(MOST, max(0.0, took - 1 - NOMINAL)) if last.prompts else 0.0
         if last.limit:
             usual = times.typical.get(last.limit, np.inf) / times.typical[0]
@@ -220,7 +239,7 @@ class Policy:
             elif not times.known(last.limit):
                 took = min(took, 1 + UNKNOWN)
         else:
-            took = 1.0
+            took = brought
         self.balance = min(MOST, self.balance + brought - took + RATE * took)
         self.prefill = min(MOST, self.prefill + max(0.0, brought - took) + RATE * took - read)
         return brought > took

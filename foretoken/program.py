@@ -25,6 +25,26 @@ STAGES = ("kernels", "tracing", "compiling", "packing weights")
 
 
 @dataclass(frozen=True, slots=True)
+class Loop:
+    """How a module runs again on what its last run left, its outputs by number.
+
+    back  (output, argument): which outputs become which arguments
+    left  whole numbers that are all 0 when nothing is left to do
+    told  whole numbers that each run brings to the host
+    kept  outputs [B, n, ...] that are wanted of every run, one behind the other along n
+    """
+
+    back: Sequence[tuple[int, int]]
+    left: int
+    told: int
+    kept: Sequence[int]
+
+    def lists(self) -> list[list[int]]:
+        """The same as `cpu/program.h` has it."""
+        return [[o for o, _ in self.back], [a for _, a in self.back], list(self.kept), [self.left, self.told]]
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """What is to be compiled.
 
@@ -33,6 +53,7 @@ class Recipe:
     args     of its forward, as an example: nested lists of tensors
     dynamic  which of their dimensions may change, as torch.export has it
     facts    what is known of its outputs beside their values
+    loop     how it is repeated, if it can be
     """
 
     key: Sequence[object]
@@ -40,23 +61,28 @@ class Recipe:
     args: tuple[Any, ...]
     dynamic: tuple[Any, ...]
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    loop: Loop | None = None
 
 
 class Program:
     """A compiled module: call it with the module's arguments, flat. `facts` are its recipe's."""
 
-    def __init__(self, path: Path, inputs: list[Tensor], facts: dict[str, Any], *, together: bool) -> None:
+    def __init__(self, path: Path, inputs: list[Tensor], recipe: Recipe, *, together: bool) -> None:
         """Load what was compiled into `path`. together: its threads stay together for a whole run (`cpu/crew.h`)."""
         classes: Any = torch.classes
-        self.library = classes.foretoken.Program(str(path / "program.pt2"), inputs, together)
-        self.inputs, self.facts = inputs, facts
+        loop = recipe.loop.lists() if recipe.loop else []
+        self.library = classes.foretoken.Program(str(path / "program.pt2"), inputs, together, loop)
+        self.inputs, self.facts = inputs, recipe.facts
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
         return self.library.run(args)
 
-    def tell(self, number: int, *args: Tensor) -> tuple[list[Tensor], list[int]]:
-        """What a call returns, and the whole numbers of output `number`, one row behind the other."""
-        return self.library.tell(args, number)
+    def repeat(self, times: int, *args: Tensor) -> tuple[list[Tensor], list[int]]:
+        """Up to `times` runs, each on what the one before it left, as its `Loop` says; fewer if they take long.
+
+        Returns the outputs of the last one, those that are kept of all, and the numbers that each told.
+        """
+        return self.library.repeat(args, times)
 
     @property
     def nbytes(self) -> int:
@@ -70,14 +96,21 @@ class Trace(Program):
     def __init__(self, recipe: Recipe) -> None:
         lowered = lower(recipe.module, recipe.args, recipe.dynamic)
         self.inputs, self.graph = tensors(lowered.sources, recipe.module, lowered.constants), lowered.graph
-        self.facts = recipe.facts
+        self.facts, self.loop = recipe.facts, recipe.loop
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
         return list(self.graph(*self.inputs, *(x.contiguous() for x in args)))
 
-    def tell(self, number: int, *args: Tensor) -> tuple[list[Tensor], list[int]]:
-        out = self(*args)
-        return out, out[number].flatten().tolist()
+    def repeat(self, times: int, *args: Tensor) -> tuple[list[Tensor], list[int]]:
+        assert self.loop is not None
+        given, told, runs = list(args), list[int](), list[list[Tensor]]()
+        while not runs or (len(runs) < times and runs[-1][self.loop.left].any()):
+            for output, arg in self.loop.back if runs else ():
+                given[arg] = runs[-1][output].reshape(given[arg].shape)
+            runs.append(self(*given))
+            told += runs[-1][self.loop.told].flatten().tolist()
+        kept = {n: torch.cat([out[n] for out in runs], 1) for n in self.loop.kept}
+        return [kept.get(n, x) for n, x in enumerate(runs[-1])], told
 
 
 def program(recipe: Recipe, progress: Progress | None = None, *, inductor: bool = True) -> Program:
@@ -93,7 +126,7 @@ def program(recipe: Recipe, progress: Progress | None = None, *, inductor: bool 
     known = json.loads((path / "inputs.json").read_text())
     sources = [Source(s["kind"], tuple(s["names"])) for s in known["sources"]]
     inputs = tensors(sources, recipe.module, load_file(path / "constants.safetensors"))
-    return Program(path, inputs, recipe.facts, together=known["together"])
+    return Program(path, inputs, recipe, together=known["together"])
 
 
 def kept(recipe: Recipe, tell: Progress) -> Path:

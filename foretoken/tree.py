@@ -24,6 +24,8 @@ class Draft:
                them, on the host: then masks are causal and nothing moves on commit
     q          [B, N, V'] float, the law that each node's children were drawn from (None: no law, any choice)
     certain    [B, N] bool, nodes that follow from the text and were not drawn from their parent's q (None: none)
+    times      forwards over a root alone that may be made, of this draft and of those behind it, before the drafter
+               is asked again
     """
 
     tokens: Tensor
@@ -33,6 +35,7 @@ class Draft:
     chained: bool
     q: Tensor | None = None
     certain: Tensor | None = None
+    times: int = 1
 
     @property
     def depth(self) -> Tensor:

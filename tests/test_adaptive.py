@@ -179,9 +179,18 @@ class World:
 
 
 def decoded(
-    world: World, pick: "int | Policy", chance: Chance, tokens: int, rows: int = 1, until: float = inf
+    world: World,
+    pick: "int | Policy",
+    chance: Chance,
+    tokens: int,
+    rows: int = 1,
+    until: float = inf,
+    ahead: bool = False,
 ) -> tuple[float, list[int]]:
-    """Time that `tokens` of each row take with a fixed limit or a policy's, and the height of every draft."""
+    """Time that `tokens` of each row take with a fixed limit or a policy's, and the height of every draft.
+
+    ahead: whether plain steps are made at once where the policy allows
+    """
     texts, out, count = [[0] for _ in range(rows)], [0] * rows, [1] * rows
     known = None if isinstance(pick, int) else pick.rows(rows)
     total, heights = 0.0, list[int]()
@@ -197,17 +206,18 @@ def decoded(
             assert known is not None
             known.behind = 0 if limit else known.behind + 1
             pick.drafted(feed, known, limit, height)
-        seconds += world.seconds(height)
+        times = min(known.plain, budget) if known is not None and ahead and not limit else 1
+        seconds += times * world.seconds(height)
         world.now += seconds * world.random.uniform(0.95, 1.05)
         total += seconds
         count = [0] * rows
         for b in range(rows):
             if out[b] < tokens:
                 deep = next((i for i in range(height) if world.random.random() >= chance(b, out[b], i + 1)), height)
-                count[b] = min(deep + 1, tokens - out[b])
+                count[b] = min(deep + times, tokens - out[b])
                 out[b] += count[b]
         world.tokens, world.all = max(out), sum(out)
-        heights.append(height)
+        heights += times * [height]
     return total, heights
 
 
@@ -229,13 +239,15 @@ def always(chance: float) -> Chance:
 COSTS = [(1.05, 0.0), (1.3, 0.0), (2.0, 0.05), (1.2, 0.1), (1.2, 0.3), (1.5, 0.5), (1.2, 1.0)]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("tokens", [64, 256, 1000])
 @pytest.mark.parametrize(("v", "c"), COSTS)
 def test_text_that_defeats_drafting_takes_at_most_a_twentieth_more(
-    timed: Any, v: float, c: float, tokens: int, rows: int
+    timed: Any, v: float, c: float, tokens: int, rows: int, ahead: bool
 ):
-    found = [timed(World(v, c, seed=s), Policy(16), always(0.04), tokens, rows)[0] / tokens for s in range(8)]
+    worlds = [World(v, c, seed=s) for s in range(8)]
+    found = [timed(world, Policy(16), always(0.04), tokens, rows, ahead=ahead)[0] / tokens for world in worlds]
     assert np.mean(found) <= 1.05
     assert max(found) <= 1.07  # a guess that happens to be right asks for another
 
@@ -271,6 +283,20 @@ def test_steps_that_must_be_plain_are_not_looked_at(timed: Any, monkeypatch: pyt
     _, heights = timed(World(1.2, 5.0), Policy(16), always(0.0), 1000)
     assert len(heights) == 1000 and sum(h > 0 for h in heights) >= 3
     assert len(asked) <= 450
+
+
+def test_what_will_be_plain_is_asked_for_at_once(timed: Any, monkeypatch: pytest.MonkeyPatch):
+    """Where nothing pays the policy is asked once for several steps; as often drafts are tried, and as much is lost."""
+    chosen, choose, tries, took = list[int](), Policy.choose, list[int](), list[float]()
+    monkeypatch.setattr(Policy, "choose", lambda *args: chosen.append(0) or choose(*args))
+    for ahead in (False, True):
+        chosen.clear()
+        total, heights = timed(World(1.2, 2.0), Policy(16), always(0.0), 1000, ahead=ahead)
+        tries.append(sum(h > 0 for h in heights))
+        took.append(total)
+    assert len(chosen) <= 300
+    assert abs(tries[0] - tries[1]) <= 0.2 * tries[0]
+    assert took[1] <= 1.02 * took[0]
 
 
 @pytest.mark.parametrize("offer", [0.1, 1.0])

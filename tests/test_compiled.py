@@ -3,6 +3,7 @@
 Here steps are traced and run operator by operator; `test_programs.py` has the bits of what inductor made.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,10 +11,15 @@ import torch
 
 import foretoken
 from foretoken.compiled import CompiledTarget
+from foretoken.decode import Request, Session
+from foretoken.drafter import RUN, Feed, Needs, Stateless
+from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
+from foretoken.sampling import Sampling
 from foretoken.target import UNNORMED, Target
-from foretoken.tree import Draft, tree
+from foretoken.tree import Draft, chain, tree
 from tests.families import SELF_ATTENTION, SUPPORTED, VOCAB, make
+from tests.models import ASSETS
 from tests.test_equality import (
     ALIKE,
     DRAFTERS,
@@ -209,3 +215,92 @@ def test_the_compiled_step_is_what_decodes(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(AssertionError, match="judged eagerly"):
         foretoken.generate(eager, [5, 17, 3], drafter="lookahead", max_new_tokens=8)
     assert len(foretoken.generate(target, [5, 17, 3], drafter="lookahead", max_new_tokens=8).token_ids) == 8
+
+
+# Several plain steps at once
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_plain_steps_in_a_row_are_plain_steps(temperature: float):
+    """Rows of different length and end, one of which joins late: tokens, forwards and cache as one by one."""
+    target = compiled("mistral", "float64")[0].settled()
+    drafter, sampling = make_drafter("none", target), Sampling(temperature=temperature, seed=3)
+    prompts = [[5, 17, 3], [9] * 30, [7, 8]]
+    whole = Session(target, drafter, [Request(p, sampling, i, 40) for i, p in enumerate(prompts)])
+    whole.run()
+    end = whole.rows[1].output[11]
+    at = whole.rows[1].output.index(end) + 1
+    limits, ends = (40, 40, 6), ((), (end, 1), ())
+    requests = [Request(p, sampling, i, limits[i], eos=ends[i]) for i, p in enumerate(prompts)]
+    many, one = (Session(target, drafter, requests[:2], capacity=80) for _ in range(2))
+    for row in one.rows:
+        row.request = replace(row.request, until=lambda text: False)
+    for session, rounds in ((many, 1), (one, RUN)):
+        for _ in range(rounds):
+            session.step()
+        assert [row.emitted for row in session.rows] == [1 + RUN, min(at, 1 + RUN)]
+        session.join(Session(target, drafter, [requests[2]], capacity=80))
+    for session in (many, one):
+        session.run()
+        for row, (n, finish) in zip(session.rows, ((40, "length"), (at, "eos"), (6, "length")), strict=True):
+            assert row.output == whole.rows[row.request.number].output[:n]
+            assert (row.forwards, row.finish, len(row.drafted)) == (n - 1, finish, n)
+        assert session.cache.lengths == [len(row.text) - 1 for row in session.rows]
+        assert session.cache.length.tolist() == session.cache.lengths
+    assert all(torch.equal(a, b) for a, b in zip(many.cache.stores, one.cache.stores, strict=True))
+
+
+def test_plain_steps_in_a_row_stay_within_their_slots():
+    """A caller's own capacity ends them as it ends single ones: nothing is written over."""
+    target = compiled("llama", "float64")[0].settled()
+    session = Session(target, make_drafter("none", target), [Request([5, 17, 3], max_new_tokens=30)], capacity=8)
+    assert len(session.step()[0]) == 5
+    with pytest.raises(UserError, match="The cache holds 8 tokens and 9 are needed"):
+        session.step()
+
+
+def test_what_is_left_of_plain_steps_in_a_row():
+    """Tokens and features of all of them, which a drafter is told later."""
+    target = compiled("llama", "float64")[0].settled((0, -1))
+    requests = [Request([5, 17, 3], number=n, max_new_tokens=20 - 15 * n) for n in (0, 1)]
+    session, single = (Session(target, Watching(times), requests) for times in (RUN, 1))
+    first = session.rows[0].text[-1]
+    with torch.inference_mode():
+        session.step()
+        assert session.last.count == [RUN, 4] and session.last.features is not None
+        assert session.last.tokens[0].tolist() == [first, *session.rows[0].output[1:RUN]]
+        assert session.last.root.tolist() == [row.text[-1] for row in session.rows]
+        for i in range(RUN):
+            single.step()
+            assert single.last.features is not None
+            for b, n in enumerate(session.last.count):
+                if i < n:
+                    assert torch.equal(single.last.features[b, 0], session.last.features[b, i])
+                    assert single.last.tokens[b, 0] == session.last.tokens[b, i]
+
+
+class Watching:
+    """Drafts nothing, and reads features."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.needs = Needs(1, (0, -1))
+
+    def start(self, batch: int, capacity: int) -> Stateless:
+        return Stateless()
+
+    def propose(self, feed: Feed, state: Stateless) -> Draft:
+        return replace(chain(feed.root[:, None]), times=self.times)
+
+
+def test_who_waits_for_each_token_gets_it():
+    """Text that is streamed, stop strings and conditions of a caller: one step after the other."""
+    target = foretoken.load(ASSETS / "stdlib1M", dtype="float32", device="cpu")
+    step = CompiledTarget(target, inductor=False).settled()
+    drafter = make_drafter("none", step)
+    for asked, most in (({}, RUN), ({"stream": True}, 1), ({"stop": ["\n\n\n"]}, 1), ({"until": len}, 1)):
+        until = {"until": (lambda text: False)} if "until" in asked else {}
+        session = Session(step, drafter, [Request([5, 17, 3], max_new_tokens=20, **(asked | until))])
+        assert [len(t) for t in session.step()] == [most]
+    pieces = [*foretoken.stream(step, [5, 17, 3], drafter="none", max_new_tokens=12)]
+    assert [len(p.token_ids) for p in pieces[:-1]] == [1] * (len(pieces) - 1)

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from foretoken.attention import adopt
 from foretoken.background import main
 from foretoken.cache import SlotCache
 from foretoken.compiled import CompiledTarget, key_of
-from foretoken.drafters import make_drafter
+from foretoken.drafters import make_drafter, none
 from foretoken.errors import UserError
 from foretoken.generation import requests_for
 from foretoken.sampling import Sampling
@@ -185,6 +186,41 @@ def test_outputs_are_the_same_with_every_drafter_in_every_batch(
     ]
     assert len({tuple(tuple(o.token_ids) for o in found) for found in outputs}) == 1
     assert all(any(sum(o.drafted) for o in found) for found in outputs[1::3])  # guesses were accepted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@torch.inference_mode()
+def test_steps_in_a_row_have_the_bits_of_single_ones(
+    steps: dict[str, CompiledTarget], temperature: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Two rows of different length, one of which ends: what is emitted, committed and cached, and none too many."""
+    step, sampling = steps["sliding"], Sampling(temperature=temperature, seed=2)
+    sessions: list[foretoken.Session] = []
+    for times in (8, 1):
+        monkeypatch.setattr(none, "RUN", times)
+        requests = requests_for(step, [prompt(n, n)[0].tolist() for n in (4, 31)], sampling, max_new_tokens=30)
+        requests[1] = replace(requests[1], max_new_tokens=5)
+        session = foretoken.Session(step, make_drafter("none", step), requests)
+        assert [len(new) for new in session.step()] == [times, min(times, 4)]
+        assert session.last.tokens[0].tolist() == session.rows[0].text[4 : 4 + times]
+        session.run()
+        assert [row.forwards for row in session.rows] == [29, 4]
+        assert session.cache.length.tolist() == session.cache.lengths == [4 + 29, 31 + 4]
+        sessions.append(session)
+    many, one = sessions
+    assert [row.output for row in many.rows] == [row.output for row in one.rows]
+    assert all(torch.equal(a, b) for a, b in zip(many.cache.stores, one.cache.stores, strict=True))
+
+
+@torch.inference_mode()
+def test_steps_in_a_row_end_when_they_take_long(steps: dict[str, CompiledTarget]):
+    """After a tenth of a second no further one begins, however many were asked for."""
+    step = steps["grouped"]
+    cache = step.cache(64, 900)
+    step.eager.read(prompt(300, 1).expand(64, -1), [300] * 64, cache)
+    terms = replace(step.nothing(64), limit=torch.full((64,), 550))
+    _, told = step.programs[()].repeat(550, *step.given(chain(prompt(1, 2).expand(64, -1)), cache, terms))
+    assert 1 <= len(told) // (64 * 8) < 550
 
 
 def test_packed_weights_take_the_memory_of_the_weights():

@@ -175,6 +175,5 @@ def beats(order: NDArray[np.float64], node: int) -> NDArray[np.bool_]:
 def ask(target: Target, asked: Asked, requests: Sequence[Request]) -> Offers:
     """What the drafter offers in these requests, whose texts are known."""
     session = Session(target, asked, requests)
-    while session.running:
-        session.step()
+    session.run()
     return asked.offers

@@ -7,6 +7,8 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/any.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -169,9 +171,9 @@ void move(at::TensorList stores, const Tensor& path, const Tensor& length, const
 
 TORCH_LIBRARY_FRAGMENT(foretoken, m) {
   m.class_<Program>("Program")
-      .def(torch::init<std::string, std::vector<Tensor>, bool>())
+      .def(torch::init<std::string, Tensors, bool, std::vector<Numbers>>())
       .def("run", &Program::run)
-      .def("tell", &Program::tell);
+      .def("repeat", &Program::repeat);
   const auto define = [&](const std::string& name, const std::string& signature) {
     // where there is a GPU, `operators.py` may have said so before
     if (!c10::Dispatcher::singleton().findSchema({"foretoken::" + name, ""})) m.def((name + signature).c_str());

@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/custom_class.h>
 
+#include <chrono>
 #include <mutex>
 #include <string>
 #include <tuple>
@@ -15,37 +16,76 @@
 
 namespace {
 
+using Tensors = std::vector<at::Tensor>;
+using Numbers = std::vector<int64_t>;
+
+constexpr std::chrono::milliseconds LONG(100);  // after which no further run begins: whoever called may want to stop
+
 // What inductor made of a module, and what it reads beside its arguments. One thread runs it at a time.
 class Program : public torch::CustomClassHolder {
  public:
   // together: whether the threads stay together while it runs; torch's own operators in it then have one of them.
-  Program(std::string path, std::vector<at::Tensor> inputs, bool together)
-      : loader(path, "model", true), inputs(std::move(inputs)), together(together) {}
+  // loop: `program.Loop` as lists: the outputs that go back, to which arguments, those kept, and {left, told}.
+  Program(std::string path, Tensors inputs, bool together, std::vector<Numbers> loop)
+      : loader(path, "model", true), inputs(std::move(inputs)), together(together), loop(std::move(loop)) {}
 
-  std::vector<at::Tensor> run(std::vector<at::Tensor> args) {
-    const std::lock_guard<std::mutex> alone(lock);
-    for (at::Tensor& arg : args) arg = arg.contiguous();
-    args.insert(args.begin(), inputs.begin(), inputs.end());
-    if (!together || at::get_num_threads() == 1 || at::in_parallel_region()) return loader.run(args);
-    std::vector<at::Tensor> out;
-    Crew::run(order, [&] { out = loader.run(args); });
+  Tensors run(Tensors args) {
+    Tensors out;
+    alone(args, [&] { out = loader.run(args); });
     return out;
   }
 
-  // The same, and the whole numbers of output `number`, one row behind the other.
-  std::tuple<std::vector<at::Tensor>, std::vector<int64_t>> tell(std::vector<at::Tensor> args, int64_t number) {
-    auto out = run(std::move(args));
-    const at::Tensor told = out.at(number).contiguous();
-    const int64_t* first = told.const_data_ptr<int64_t>();
-    return {std::move(out), std::vector<int64_t>(first, first + told.numel())};
+  // Up to `times` runs, each on what the one before it left: the outputs of the last one, those kept of all of them,
+  // and the whole numbers that each told.
+  std::tuple<Tensors, Numbers> repeat(Tensors args, int64_t times) {
+    Tensors out;
+    Numbers told;
+    std::vector<Tensors> kept(loop.at(2).size());
+    const auto began = std::chrono::steady_clock::now();
+    alone(args, [&] {
+      for (int64_t i = 0; i < times && (i == 0 || goes_on(out, began)); i++) {
+        for (size_t k = 0; i > 0 && k < loop[0].size(); k++) {
+          at::Tensor& arg = args.at(inputs.size() + loop[1].at(k));
+          arg = out.at(loop[0][k]).reshape(arg.sizes()).contiguous();
+        }
+        out = loader.run(args);
+        append(told, out.at(loop[3].at(1)));
+        for (size_t k = 0; k < kept.size(); k++) kept[k].push_back(out.at(loop[2][k]));
+      }
+    });
+    for (size_t k = 0; k < kept.size(); k++)
+      if (kept[k].size() > 1) out[loop[2][k]] = at::cat(kept[k], 1);
+    return {std::move(out), std::move(told)};
   }
 
  private:
   torch::inductor::AOTIModelPackageLoader loader;
-  std::vector<at::Tensor> inputs;
+  Tensors inputs;
   bool together;
+  std::vector<Numbers> loop;
   std::mutex lock;
   std::vector<Weights> order;
+
+  // task() while nobody else runs the program, on all of its arguments.
+  template <class Task>
+  void alone(Tensors& args, const Task& task) {
+    const std::lock_guard<std::mutex> locked(lock);
+    for (at::Tensor& arg : args) arg = arg.contiguous();
+    args.insert(args.begin(), inputs.begin(), inputs.end());
+    if (together && at::get_num_threads() > 1 && !at::in_parallel_region()) Crew::run(order, task);
+    else task();
+  }
+
+  // Whether anything is left to do, and whoever called still waits for it.
+  bool goes_on(const Tensors& out, std::chrono::steady_clock::time_point began) const {
+    return at::any(out.at(loop[3][0])).item<bool>() && std::chrono::steady_clock::now() - began < LONG;
+  }
+
+  static void append(Numbers& numbers, const at::Tensor& more) {
+    const at::Tensor whole = more.contiguous();
+    const int64_t* first = whole.const_data_ptr<int64_t>();
+    numbers.insert(numbers.end(), first, first + whole.numel());
+  }
 };
 
 }  // namespace

@@ -1,8 +1,8 @@
 """Plain decoding: a tree of one node."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from foretoken.drafter import Feed, Needs, Stateless
+from foretoken.drafter import RUN, Feed, Needs, Stateless
 from foretoken.target import Target
 from foretoken.tree import Draft, chain
 
@@ -19,7 +19,7 @@ class Plain:
         return Stateless()
 
     def propose(self, feed: Feed, state: Stateless) -> Draft:
-        return chain(feed.root.unsqueeze(1))
+        return replace(chain(feed.root.unsqueeze(1)), times=RUN)
 
 
 def build(target: Target, config: Config) -> Plain:

@@ -105,8 +105,7 @@ class Probe:
         """Count over these requests, whose texts become `texts`."""
         self.texts = list(texts)
         session = Session(target, self, requests)
-        while session.running:
-            session.step()
+        session.run()
 
     def accuracy(self) -> Tensor:
         """[D, R] over the steps whose next D tokens were emitted in the end."""
