@@ -29,7 +29,7 @@ class Loop:
     """How a module runs again on what its last run left, its outputs by number.
 
     back  (output, argument): which outputs become which arguments
-    left  whole numbers that are all 0 when nothing is left to do
+    left  [B] whole numbers, 0 for a row of which nothing is left to do: when that comes to one it is over
     told  whole numbers that each run brings to the host
     kept  outputs [B, n, ...] that are wanted of every run, one behind the other along n
     """
@@ -41,7 +41,8 @@ class Loop:
 
     def lists(self) -> list[list[int]]:
         """The same as `cpu/program.h` has it."""
-        return [[o for o, _ in self.back], [a for _, a in self.back], list(self.kept), [self.left, self.told]]
+        before = dict(self.back)[self.left]
+        return [[o for o, _ in self.back], [a for _, a in self.back], list(self.kept), [self.left, self.told, before]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Program:
         return self.library.run(args)
 
     def repeat(self, times: int, *args: Tensor) -> tuple[list[Tensor], list[int]]:
-        """Up to `times` runs, each on what the one before it left, as its `Loop` says; fewer if they take long.
+        """Up to `times` runs, each on what the one before it left, as its `Loop` says; no further one after 0.1 s.
 
         Returns the outputs of the last one, those that are kept of all, and the numbers that each told.
         """
@@ -104,7 +105,8 @@ class Trace(Program):
     def repeat(self, times: int, *args: Tensor) -> tuple[list[Tensor], list[int]]:
         assert self.loop is not None
         given, told, runs = list(args), list[int](), list[list[Tensor]]()
-        while not runs or (len(runs) < times and runs[-1][self.loop.left].any()):
+        busy = args[dict(self.loop.back)[self.loop.left]].bool()
+        while not runs or (len(runs) < times and busy.any() and torch.equal(runs[-1][self.loop.left].bool(), busy)):
             for output, arg in self.loop.back if runs else ():
                 given[arg] = runs[-1][output].reshape(given[arg].shape)
             runs.append(self(*given))

@@ -235,10 +235,11 @@ def test_plain_steps_in_a_row_are_plain_steps(temperature: float):
     many, one = (Session(target, drafter, requests[:2], capacity=80) for _ in range(2))
     for row in one.rows:
         row.request = replace(row.request, until=lambda text: False)
-    for session, rounds in ((many, 1), (one, RUN)):
+    first = min(RUN, at - 1)
+    for session, rounds in ((many, 1), (one, first)):
         for _ in range(rounds):
             session.step()
-        assert [row.emitted for row in session.rows] == [1 + RUN, min(at, 1 + RUN)]
+        assert [row.emitted for row in session.rows] == [1 + first, 1 + first]
         session.join(Session(target, drafter, [requests[2]], capacity=80))
     for session in (many, one):
         session.run()
@@ -264,19 +265,20 @@ def test_what_is_left_of_plain_steps_in_a_row():
     target = compiled("llama", "float64")[0].settled((0, -1))
     requests = [Request([5, 17, 3], number=n, max_new_tokens=20 - 15 * n) for n in (0, 1)]
     session, single = (Session(target, Watching(times), requests) for times in (RUN, 1))
-    first = session.rows[0].text[-1]
     with torch.inference_mode():
-        session.step()
-        assert session.last.count == [RUN, 4] and session.last.features is not None
-        assert session.last.tokens[0].tolist() == [first, *session.rows[0].output[1:RUN]]
-        assert session.last.root.tolist() == [row.text[-1] for row in session.rows]
-        for i in range(RUN):
-            single.step()
-            assert single.last.features is not None
-            for b, n in enumerate(session.last.count):
-                if i < n:
-                    assert torch.equal(single.last.features[b, 0], session.last.features[b, i])
-                    assert single.last.tokens[b, 0] == session.last.tokens[b, i]
+        for count in ([4, 4], [RUN, 0]):  # a row that ends ends what is made at once
+            before = session.rows[0].emitted
+            session.step()
+            assert session.last.count == count and session.last.features is not None
+            assert session.last.tokens[0].tolist() == session.rows[0].output[before - 1 : -1]
+            assert session.last.root.tolist() == [row.text[-1] for row in session.rows]
+            for i in range(count[0]):
+                single.step()
+                assert single.last.features is not None
+                for b, n in enumerate(count):
+                    if i < n:
+                        assert torch.equal(single.last.features[b, 0], session.last.features[b, i])
+                        assert single.last.tokens[b, 0] == session.last.tokens[b, i]
 
 
 class Watching:

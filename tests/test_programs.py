@@ -201,8 +201,8 @@ def test_steps_in_a_row_have_the_bits_of_single_ones(
         requests = requests_for(step, [prompt(n, n)[0].tolist() for n in (4, 31)], sampling, max_new_tokens=30)
         requests[1] = replace(requests[1], max_new_tokens=5)
         session = foretoken.Session(step, make_drafter("none", step), requests)
-        assert [len(new) for new in session.step()] == [times, min(times, 4)]
-        assert session.last.tokens[0].tolist() == session.rows[0].text[4 : 4 + times]
+        assert [len(new) for new in session.step()] == [min(times, 4)] * 2
+        assert session.last.tokens[0].tolist() == session.rows[0].text[4 : 4 + min(times, 4)]
         session.run()
         assert [row.forwards for row in session.rows] == [29, 4]
         assert session.cache.length.tolist() == session.cache.lengths == [4 + 29, 31 + 4]

@@ -28,9 +28,9 @@ class Watch:
     """What one group's decoding took, step by step.
 
     first   seconds to the first token
-    drafts  seconds of each proposal
+    drafts  seconds of proposals, for each forward; one that serves several counts the same part for each
     judges  of each forward of the target behind the prompts, or step where a forward is part of a program
-    widths  nodes per row of each draft
+    widths  nodes per row of each forward
     read    bytes of weights and cache that those forwards read
     kept    bytes of tensors that drafting keeps beside the target's cache, after the first proposal; if asked for
     peak    most bytes that the process (on a GPU: torch there) held
@@ -45,6 +45,12 @@ class Watch:
     read: int = 0
     kept: int = 0
     peak: int | None = None
+
+    def note(self, draft: Draft, seconds: float, forwards: int) -> None:
+        """What was made of a draft in so many forwards."""
+        self.judges += forwards * [seconds / forwards]
+        self.widths += forwards * [draft.width]
+        self.drafts[-1:] = [part / forwards for part in self.drafts[-1:] for _ in range(forwards)]
 
     @property
     def own(self) -> float:
@@ -77,7 +83,6 @@ class Clocked:
         draft = self.drafter.propose(feed, state)
         synchronise(self.device)
         self.watch.drafts.append(perf_counter() - clock)
-        self.watch.widths.append(draft.width)
         if self.audit and len(self.watch.drafts) == 1:
             self.watch.kept = held(state, feed.cache)
         return draft
@@ -87,13 +92,14 @@ def clocked_target(target: Target, watch: Watch, weights: int) -> Target:
     """The target with its forwards behind the prompts timed (whole steps, if it makes those), and what they read."""
 
     def timed(work: Callable[..., Any]) -> Callable[..., Any]:
-        def clocked(*given: Any, **named: Any) -> Any:
+        def clocked(draft: Draft, *given: Any, **named: Any) -> Any:
             clock = perf_counter()
-            done = work(*given, **named)
+            done = work(draft, *given, **named)
             if done is not None:
                 synchronise(target.device)
-                watch.judges.append(perf_counter() - clock)
-                watch.read += weights
+                made = max(done[0].count) if draft.times > 1 and isinstance(done, tuple) else 1
+                watch.note(draft, perf_counter() - clock, made)
+                watch.read += weights * made
             return done
 
         return clocked
@@ -115,11 +121,13 @@ def decode(
     twin, watch = clocked_target(target, clocked.watch, weights), clocked.watch
 
     per_token = 0  # bytes of the cache: the same in every step, as rows leave with their slots
+    seen = 0  # forwards
 
     def on_step(session: Session) -> None:
-        nonlocal per_token
+        nonlocal per_token, seen
         per_token = per_token or session.cache.nbytes // (len(session.rows) * session.capacity)
-        watch.read += per_token * sum(len(row.text) for row in session.rows)
+        made, seen = len(watch.judges) - seen, len(watch.judges)
+        watch.read += per_token * tokens_read(session, made)
 
     restart_peak(target.device)
     clocked.began = began = perf_counter()
@@ -128,6 +136,12 @@ def decode(
     watch.first = watch.first or watch.seconds
     watch.peak = peak(target.device)
     return watch
+
+
+def tokens_read(session: Session, forwards: int) -> int:
+    """Tokens of all rows that so many forwards saw, the last ones made; of several each added one to a row."""
+    later = sum(n * (n - 1) // 2 for n in session.last.count) if forwards > 1 else 0
+    return forwards * sum(len(row.text) for row in session.rows) - later
 
 
 def read_per_forward(target: Target) -> int:

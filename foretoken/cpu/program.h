@@ -25,7 +25,7 @@ constexpr std::chrono::milliseconds LONG(100);  // after which no further run be
 class Program : public torch::CustomClassHolder {
  public:
   // together: whether the threads stay together while it runs; torch's own operators in it then have one of them.
-  // loop: `program.Loop` as lists: the outputs that go back, to which arguments, those kept, and {left, told}.
+  // loop: `program.Loop` as lists: the outputs that go back, to which arguments, those kept, and {left, told, where left was}.
   Program(std::string path, Tensors inputs, bool together, std::vector<Numbers> loop)
       : loader(path, "model", true), inputs(std::move(inputs)), together(together), loop(std::move(loop)) {}
 
@@ -35,15 +35,20 @@ class Program : public torch::CustomClassHolder {
     return out;
   }
 
-  // Up to `times` runs, each on what the one before it left: the outputs of the last one, those kept of all of them,
-  // and the whole numbers that each told.
+  // Up to `times` runs, each on what the one before it left, until nothing is left of a row: the outputs of the last
+  // one, those kept of all of them, and the whole numbers that each told.
   std::tuple<Tensors, Numbers> repeat(Tensors args, int64_t times) {
     Tensors out;
     Numbers told;
     std::vector<Tensors> kept(loop.at(2).size());
     const auto began = std::chrono::steady_clock::now();
+    const int64_t busy = at::count_nonzero(args.at(loop[3].at(2))).item<int64_t>();
+    const auto goes_on = [&] {
+      return at::count_nonzero(out.at(loop[3][0])).item<int64_t>() == busy && busy &&
+             std::chrono::steady_clock::now() - began < LONG;
+    };
     alone(args, [&] {
-      for (int64_t i = 0; i < times && (i == 0 || goes_on(out, began)); i++) {
+      for (int64_t i = 0; i < times && (i == 0 || goes_on()); i++) {
         for (size_t k = 0; i > 0 && k < loop[0].size(); k++) {
           at::Tensor& arg = args.at(inputs.size() + loop[1].at(k));
           arg = out.at(loop[0][k]).reshape(arg.sizes()).contiguous();
@@ -74,11 +79,6 @@ class Program : public torch::CustomClassHolder {
     args.insert(args.begin(), inputs.begin(), inputs.end());
     if (together && at::get_num_threads() > 1 && !at::in_parallel_region()) Crew::run(order, task);
     else task();
-  }
-
-  // Whether anything is left to do, and whoever called still waits for it.
-  bool goes_on(const Tensors& out, std::chrono::steady_clock::time_point began) const {
-    return at::any(out.at(loop[3][0])).item<bool>() && std::chrono::steady_clock::now() - began < LONG;
   }
 
   static void append(Numbers& numbers, const at::Tensor& more) {
