@@ -233,6 +233,9 @@ class CompiledTarget(Target):
         tokens, root, emitted, last = out[TOKENS:LEFT]
         return committed(tokens, out[-1] if features else None, root, emitted, last, count), said
 
+    def repeats(self, sampler: Sampler, rule: Rule) -> bool:
+        return is_plain(sampler, rule)
+
     def given(self, draft: Draft, cache: SlotCache, terms: Terms) -> tuple[Tensor, ...]:
         """The program's arguments for a draft."""
         cache.require_room(draft.width)

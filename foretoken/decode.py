@@ -17,6 +17,9 @@ from foretoken.target import Target
 from foretoken.text import TextStream
 from foretoken.tree import Accepted, Draft, chain, fresh
 
+RUN = 8
+"""Plain steps that are made at once where nobody waits for each token: what asking for them takes is shared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -191,8 +194,17 @@ class Session:
         if not self.running:
             return [[] for _ in self.rows]
         with self._mode:
-            draft = self.drafter.propose(self.feed(), self.state)
+            feed = self.feed()
+            draft = self.drafter.propose(feed, self.state)
+            if draft.times > feed.run:
+                draft = replace(draft, times=feed.run)
             return self._at_once(draft) or self._by_parts(draft)
+
+    @property
+    def at_once(self) -> int:
+        """Plain steps that may be made in one call: one where somebody waits for each token."""
+        waits = any(r.stream is not None or r.request.until is not None or r.request.logprobs for r in self.rows)
+        return 1 if waits or not self.target.repeats(self.sampler, self.rule) else RUN
 
     def run(self) -> None:
         """Steps until no row is running."""
@@ -203,8 +215,6 @@ class Session:
         """The step in one call of the target, if it can do that; the tokens that each row emitted."""
         if any(row.request.logprobs for row in self.rows):
             return None
-        if draft.times > 1 and any(row.stream is not None or row.request.until is not None for row in self.rows):
-            draft = replace(draft, times=1)
         limits = [row.remaining for row in self.rows]
         features = self.drafter.needs.features
         made = self.target.advance(draft, self.cache, self.sampler, self.rule, limits, self._eos, features)
@@ -247,6 +257,7 @@ class Session:
             emitted=step.emitted,
             last=step.last,
             cache=self.cache,
+            run=self.at_once,
         )
 
     def _hand_out(self, new: Tensor, accepted: Accepted, logits: Tensor) -> tuple[list[int], list[list[int]]]:

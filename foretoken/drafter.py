@@ -13,9 +13,6 @@ from foretoken.sampling import Sampler, law_of
 from foretoken.step import Step
 from foretoken.tree import Draft
 
-RUN = 8
-"""Plain steps that are made at once where nobody waits for each token: what asking for them takes is shared."""
-
 
 @dataclass(frozen=True, slots=True)
 class Needs:
@@ -45,6 +42,7 @@ class Feed:
     emitted   [B, N] what the target said at every node of the last draft (after the prompt: at its last token)
     last      [B] int64, the last accepted node of that draft, where `root` was emitted
     cache     the target's cache
+    run       most plain steps that the target may make at once
     """
 
     tokens: Tensor
@@ -59,6 +57,7 @@ class Feed:
     emitted: Tensor
     last: Tensor
     cache: SlotCache
+    run: int = 1
 
     @property
     def batch(self) -> int:

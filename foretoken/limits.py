@@ -6,16 +6,18 @@ draft. It depends on past steps alone, so nothing is selected by the value of a 
 may lose against plain decoding is kept in an account, which no step may overdraw.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from itertools import accumulate
+from math import inf
 from time import perf_counter
 
 import numpy as np
 
 from foretoken.costs import same
-from foretoken.drafter import RUN, Feed
-from foretoken.survival import Prior, Survival, Vector, Whole
-from foretoken.times import ENOUGH, Times
+from foretoken.drafter import Feed
+from foretoken.survival import Prior, Survival
+from foretoken.times import EMPTY, ENOUGH, Times
 
 LIMITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Depths that are tried: close together where a level more matters, few, so that each is timed often."""
@@ -31,8 +33,10 @@ NOMINAL = 1.0
 """The same of a draft before which the drafter read prompts: what that takes has an account of its own."""
 PAUSE = 3.0
 """A step that took so many times what is usual was interrupted: no more is charged."""
-FIRST, LAST = 4, 32
+FIRST, LAST = 8, 32
 """Plain steps before drafting is tried again, at first and after many failures."""
+HOPELESS, LONG = 0.9, 512
+"""Of so little over plain decoding if all guesses were right, and so many plain steps before it is timed again."""
 FARTHER = 4
 """A limit so many times as deep as the deepest that was timed may be tried."""
 FAR = 8
@@ -111,6 +115,7 @@ class Asked:
 
     texts    its rows
     moment   when its draft was asked for
+    asked    whether a draft was asked for
     limit    of the draft, 0 if there was none
     behind   tokens that the drafter was told late
     prompts  whether it read prompts
@@ -118,6 +123,7 @@ class Asked:
 
     texts: list[list[int]]
     moment: float
+    asked: bool
     limit: int
     behind: int
     prompts: bool
@@ -139,8 +145,8 @@ class Policy:
 
     def __init__(self, depth: int) -> None:
         self.depth = min(depth, LIMITS[-1])
-        self.limits = np.array([*(n for n in LIMITS if n < self.depth), self.depth])
-        self.prior, self.times = Prior(self.depth), dict[int, Times]()
+        self.limits = [*(n for n in LIMITS if n < self.depth), self.depth]
+        self.prior, self.times = Prior(self.depth), dict[tuple[int, int], Times]()
         self.balance, self.prefill, self.rest, self.wait = GRANT, GRANT, 0, FIRST
         self.least, self.reach, self.short = 1, 0, False
         self.last: Asked | None = None
@@ -153,9 +159,10 @@ class Policy:
 
     def choose(self, feed: Feed, rows: Rows) -> int:
         """The limit of the next draft."""
-        times, steps = self.times_of(feed.batch), rows.made(feed)
-        rows.behind += steps - 1
-        self.rest = max(0, self.rest - (steps - 1))
+        times, steps = self.times_of(feed), rows.made(feed)
+        if max(rows.limits) <= 0:
+            rows.behind += steps - 1
+            self.rest, times.idle = max(0, self.rest - steps), times.idle + steps
         if self.barred(times, rows) and self.unseen(rows, steps):
             return 0
         now = perf_counter()
@@ -167,18 +174,18 @@ class Policy:
             self.kept -= 1
         else:
             self.limit = self.decide(times, feed, rows) if feed.budget > 1 else 0
-        self.last = Asked(feed.texts, now, 0, rows.behind, bool(self.limit) and rows.fresh)
+        self.last = Asked(feed.texts, now, self.limit > 0, 0, rows.behind, self.limit > 0 and rows.fresh)
+        if not self.limit and times.plain:
+            self.balance -= (perf_counter() - now) / times.typical[0]  # to think costs time as well
         return min(self.limit, feed.budget - 1)
 
     def barred(self, times: Times, rows: Rows) -> bool:
-        """Whether the accounts cover no draft at all."""
-        return self.balance < times.need or (rows.fresh and self.prefill < 0)
+        """Whether the accounts cover no draft at all, or none can pay."""
+        hopeless = times.hopeless and times.idle < LONG
+        return hopeless or self.balance < times.need or (rows.fresh and self.prefill < 0)
 
     def unseen(self, rows: Rows, steps: int) -> bool:
-        """Whether what must be plain is neither timed nor learnt from: to think costs time as well.
-
-        If so the last `steps` are booked as they are.
-        """
+        """Whether what must be plain is neither timed nor learnt from; if so the last `steps` are booked as such."""
         self.idle += 1
         if max(rows.limits) > 0 or self.idle % LOOK < 2:
             return False
@@ -187,15 +194,10 @@ class Policy:
         self.balance, self.prefill = min(MOST, self.balance + gain), min(MOST, self.prefill + gain)
         return True
 
-    def ahead(self, times: Times, rows: Rows) -> int:
-        """How many steps, the next one included, are plain whatever they bring."""
-        short = max(times.need - self.balance, -self.prefill if rows.fresh else 0.0, 0.0)
-        return min(RUN, max(1 + self.rest, ceil(short / RATE)))
-
     def drafted(self, feed: Feed, rows: Rows, limit: int, height: int) -> None:
         """Note what the drafter made of its limit."""
-        times = self.times_of(feed.batch)
-        rows.plain = 1 if limit else self.ahead(times, rows)
+        times = self.times_of(feed)
+        rows.plain = 1 if limit else feed.run
         if not limit:
             rows.limits = [min(n, 0) for n in rows.limits]
             return
@@ -208,13 +210,13 @@ class Policy:
         if self.last is not None:
             self.last.limit = limit
 
-    def times_of(self, batch: int) -> Times:
-        """Those of batches up to the same power of two; at first as of the nearest size."""
-        size = (batch - 1).bit_length()
-        if size not in self.times:
-            near = min(self.times, key=lambda other: abs(other - size), default=size)
-            self.times[size] = Times(self.times.get(near))
-        return self.times[size]
+    def times_of(self, feed: Feed) -> Times:
+        """Those of batches up to the same power of two and as many plain steps at once; at first as of the nearest."""
+        kind = (feed.batch - 1).bit_length(), feed.run
+        if kind not in self.times:
+            near = min(self.times, key=lambda other: (abs(other[0] - kind[0]), other[1] != kind[1]), default=kind)
+            self.times[kind] = Times(self.times.get(near), feed.run)
+        return self.times[kind]
 
     def account(self, last: Asked, feed: Feed, times: Times, now: float, steps: int) -> bool:
         """Time the last steps, which were of the same rows, and book what they brought: whether more than they took."""
@@ -224,13 +226,13 @@ class Policy:
             if last.limit and last.behind >= FAR and times.known(last.limit):
                 over = (seconds - times.typical[last.limit]) / times.typical[0]
                 times.late, times.over = LATE * times.late + last.behind, LATE * times.over + min(over, MOST)
-            times.note(last.limit, max(0.0, seconds - late))
+            times.note(last.limit if last.limit or not last.asked else EMPTY, max(0.0, seconds - late))
         if not times.plain:
             return False
         took, brought = seconds / times.typical[0], float(steps)
         read = min(MOST, max(0.0, took - 1 - NOMINAL)) if last.prompts else 0.0
         if last.limit:
-            usual = times.typical.get(last.limit, np.inf) / times.typical[0]
+            usual = times.typical.get(last.limit, inf) / times.typical[0]
             took = min(took, PAUSE * usual + times.reading * last.behind)
             tokens = [n for n in feed.count if n]
             brought = sum(tokens) / max(1, len(tokens))
@@ -239,7 +241,7 @@ class Policy:
             elif not times.known(last.limit):
                 took = min(took, 1 + UNKNOWN)
         else:
-            took = brought
+            took = brought * (times.empty if last.asked else 1.0)
         self.balance = min(MOST, self.balance + brought - took + RATE * took)
         self.prefill = min(MOST, self.prefill + max(0.0, brought - took) + RATE * took - read)
         return brought > took
@@ -251,53 +253,74 @@ class Policy:
             return 0
         if rows.fresh:
             self.rest, self.wait = min(self.rest, FIRST), FIRST
-        if times.due:
-            return 0
-        if self.rest > 0:
-            self.rest -= 1
+        if times.due or self.rest > 0:
+            self.rested = True
             return 0
         rows.learn()
         limits = self.candidates(times)
         ratios = times.ratios(limits)
-        gains, loss = self.gains(times, feed, rows, limits, ratios), self.losses(times, limits, ratios)
-        loss += min(times.reading * rows.behind, MOST / 2)  # or a slow reader never caught up
-        times.need = float(loss[0])  # they rise
-        if self.balance < times.need:
+        loss = self.losses(times, rows, limits, ratios)
+        times.need, times.hopeless = loss[0], self.hopeless(times)
+        if self.barred(times, rows):
             self.rested = True
             return 0
-        gains = np.where(loss <= self.balance, gains, 0.0)
-        best = int(np.flatnonzero(gains >= NEAR * gains.max())[-1])
-        gain, limit = float(gains[best]), int(limits[best])
+        extra = self.extra(feed, rows, limits)
+        gains = self.gains(times, extra, ratios, loss)
+        best = max(i for i, gain in enumerate(gains) if gain >= NEAR * max(gains))
+        gain, limit = gains[best], limits[best]
         if gain > 1:
             self.rested, self.wait = False, FIRST
-            self.kept, self.loss = KEPT * times.known(limit, ENOUGH), float(loss[best])
+            self.kept, self.loss = KEPT * times.known(limit, ENOUGH), loss[best]
             return limit
         if gain > 0 and self.won:
             return limit
         if gain > 0 and self.rested:
             self.rest = FIRST if self.balance > MOST / 2 else self.wait  # there is something to spend
             self.rested, self.wait = False, min(LAST, 2 * self.wait)
-            return limit
+            gains = self.gains(times, extra, hoped(times, limits, ratios), loss)
+            return next((n for n, gain in zip(limits, gains, strict=True) if gain > 1), limit)
         self.rested, self.rest = True, max(self.rest, FIRST)
         return 0
 
-    def candidates(self, times: Times) -> Whole:
+    def candidates(self, times: Times) -> list[int]:
         """The limits that may be chosen: not much deeper than the deepest that was timed, or than drafts get."""
         if self.least > 1:
-            return np.array([self.least])
-        near = int((self.limits <= FARTHER * max(times.typical)).sum())
-        deep = int((self.limits <= self.reach).sum()) + 1 if self.short else len(self.limits)
+            return [self.least]
+        near = sum(n <= FARTHER * max(times.typical) for n in self.limits)
+        deep = sum(n <= self.reach for n in self.limits) + 1 if self.short else len(self.limits)
         return self.limits[: max(1, min(near, deep))]
 
-    def gains(self, times: Times, feed: Feed, rows: Rows, limits: Whole, ratios: Vector) -> Vector:
-        """Tokens per time of each limit over plain decoding; steps without a draft are as plain ones."""
+    def hopeless(self, times: Times) -> bool:
+        """Whether steps take so long that no limit would pay if every guess were right."""
+        if times.idle >= LONG or not any(times.known(n, ENOUGH) for n in self.limits):
+            return False
+        limits = [self.least] if self.least > 1 else self.limits
+        return all(1 + n < HOPELESS * ratio for n, ratio in zip(limits, times.ratios(limits), strict=True))
+
+    def extra(self, feed: Feed, rows: Rows, limits: Sequence[int]) -> list[float]:
+        """How many guesses of a draft of each limit survive."""
         running = np.array(feed.count) > 0  # a finished row commits nothing
         chances = rows.survival.chances(self.prior.chances)[running if running.any() else slice(None)]
-        deeper = chances.cumprod(1).mean(0).cumsum()
-        return (1 + times.share * deeper[limits - 1]) / (1 + times.share * (ratios - 1))
+        deeper = chances.cumprod(1).mean(0).cumsum().tolist()
+        return [deeper[n - 1] for n in limits]
 
-    def losses(self, times: Times, limits: Whole, ratios: Vector) -> Vector:
+    def gains(
+        self, times: Times, extra: Sequence[float], ratios: Sequence[float], loss: Sequence[float]
+    ) -> list[float]:
+        """Tokens per time of each limit over plain decoding; 0 where the account does not cover it."""
+        share, without = times.share, (1 - times.share) * times.empty
+        gains = ((1 + share * more) / (without + share * ratio) for more, ratio in zip(extra, ratios, strict=True))
+        return [gain if lost <= self.balance else 0.0 for gain, lost in zip(gains, loss, strict=True)]
+
+    def losses(self, times: Times, rows: Rows, limits: Sequence[int], ratios: Sequence[float]) -> list[float]:
         """How many plain steps longer than one each limit takes, never falling: what is lost if no guess is right."""
-        over = np.maximum(ratios - 1, 0)
-        unsure = np.where([n in times.typical for n in limits], np.minimum(over, UNKNOWN), UNKNOWN)
-        return np.maximum.accumulate(np.where([times.known(n) for n in limits], over, unsure))
+        late = min(times.reading * rows.behind, MOST / 2)  # or a slow reader never caught up
+        most = [inf if times.known(n) else UNKNOWN for n in limits]
+        over = [x - 1 if n in times.typical else UNKNOWN for n, x in zip(limits, ratios, strict=True)]
+        return [late + x for x in accumulate(map(min, over, most), max)]
+
+
+def hoped(times: Times, limits: Sequence[int], ratios: Sequence[float]) -> list[float]:
+    """Times of steps if drafts deeper than any that was timed take no longer: whether they do must be seen."""
+    timed = [ratio for n, ratio in zip(limits, ratios, strict=True) if n in times.typical]
+    return [min([ratio, *timed[-1:]]) for ratio in ratios]

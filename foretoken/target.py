@@ -140,6 +140,10 @@ class Target:
         """
         return None
 
+    def repeats(self, sampler: Sampler, rule: Rule) -> bool:
+        """Whether `advance` makes several plain steps if a draft says so."""
+        return False
+
     def judge(self, draft: Draft, cache: SlotCache, features: Sequence[int] = ()) -> Read:
         """Read a whole draft behind the committed tokens: logits and features at every node."""
         if draft.chained:

@@ -158,6 +158,7 @@ class World:
     fixed  the only length there is
     drift  how much longer a step is with every token
     read   how much longer the first draft takes, before which the drafter reads the prompt
+    call   what a call of the target takes besides, however many plain steps are made in it
     """
 
     def __init__(
@@ -170,8 +171,10 @@ class World:
         fixed: int = 0,
         drift: float = 0.0,
         read: float = 0.0,
+        call: float = 0.0,
     ):
         self.v, self.c, self.offer, self.fixed, self.drift, self.read = v, c, offer, fixed, drift, read
+        self.call = call
         self.random, self.now, self.tokens, self.all = random.Random(seed), 0.0, 0, 0
 
     def seconds(self, height: int) -> float:
@@ -185,18 +188,18 @@ def decoded(
     tokens: int,
     rows: int = 1,
     until: float = inf,
-    ahead: bool = False,
+    run: int = 1,
 ) -> tuple[float, list[int]]:
     """Time that `tokens` of each row take with a fixed limit or a policy's, and the height of every draft.
 
-    ahead: whether plain steps are made at once where the policy allows
+    run: plain steps that are made at once where the policy allows
     """
     texts, out, count = [[0] for _ in range(rows)], [0] * rows, [1] * rows
     known = None if isinstance(pick, int) else pick.rows(rows)
     total, heights = 0.0, list[int]()
     while min(out) < tokens and total < until:
         budget = tokens - min(out)
-        feed: Any = SimpleNamespace(texts=texts, count=count, budget=budget, batch=rows)
+        feed: Any = SimpleNamespace(texts=texts, count=count, budget=budget, batch=rows, run=run)
         limit = min(pick, budget - 1) if isinstance(pick, int) else pick.choose(feed, known)  # type: ignore
         height = 0
         seconds = world.read if limit and known is not None and known.fresh else 0.0
@@ -206,8 +209,9 @@ def decoded(
             assert known is not None
             known.behind = 0 if limit else known.behind + 1
             pick.drafted(feed, known, limit, height)
-        times = min(known.plain, budget) if known is not None and ahead and not limit else 1
-        seconds += times * world.seconds(height)
+        plain = run if known is None else known.plain
+        times = 1 if limit else min(plain, budget)
+        seconds += times * world.seconds(height) + world.call
         world.now += seconds * world.random.uniform(0.95, 1.05)
         total += seconds
         count = [0] * rows
@@ -239,15 +243,15 @@ def always(chance: float) -> Chance:
 COSTS = [(1.05, 0.0), (1.3, 0.0), (2.0, 0.05), (1.2, 0.1), (1.2, 0.3), (1.5, 0.5), (1.2, 1.0)]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("run", [1, 8])
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("tokens", [64, 256, 1000])
 @pytest.mark.parametrize(("v", "c"), COSTS)
 def test_text_that_defeats_drafting_takes_at_most_a_twentieth_more(
-    timed: Any, v: float, c: float, tokens: int, rows: int, ahead: bool
+    timed: Any, v: float, c: float, tokens: int, rows: int, run: int
 ):
     worlds = [World(v, c, seed=s) for s in range(8)]
-    found = [timed(world, Policy(16), always(0.04), tokens, rows, ahead=ahead)[0] / tokens for world in worlds]
+    found = [timed(world, Policy(16), always(0.04), tokens, rows, run=run)[0] / tokens for world in worlds]
     assert np.mean(found) <= 1.05
     assert max(found) <= 1.07  # a guess that happens to be right asks for another
 
@@ -289,14 +293,86 @@ def test_what_will_be_plain_is_asked_for_at_once(timed: Any, monkeypatch: pytest
     """Where nothing pays the policy is asked once for several steps; as often drafts are tried, and as much is lost."""
     chosen, choose, tries, took = list[int](), Policy.choose, list[int](), list[float]()
     monkeypatch.setattr(Policy, "choose", lambda *args: chosen.append(0) or choose(*args))
-    for ahead in (False, True):
+    for run in (1, 8):
         chosen.clear()
-        total, heights = timed(World(1.2, 2.0), Policy(16), always(0.0), 1000, ahead=ahead)
+        total, heights = timed(World(1.2, 1.0), Policy(16), always(0.0), 1000, run=run)
         tries.append(sum(h > 0 for h in heights))
         took.append(total)
     assert len(chosen) <= 300
     assert abs(tries[0] - tries[1]) <= 0.2 * tries[0]
     assert took[1] <= 1.02 * took[0]
+
+
+@pytest.mark.parametrize(("chance", "offer"), [(0.5, 1.0), (0.8, 0.1), (0.04, 0.5)])
+@pytest.mark.parametrize("call", [0.3, 0.8])
+def test_a_draft_must_beat_plain_steps_made_at_once(timed: Any, call: float, chance: float, offer: float):
+    """What would be faster than one plain step in a call, and is not than one of eight; steps without a draft too."""
+    world = World(1.4, 0.3, call=call, offer=offer)
+    best = best_fixed(timed, 1.4, 0.3, always(chance), 3000, call=call, offer=offer, run=8)
+    took, heights = timed(world, Policy(16), always(chance), 3000, run=8)
+    assert best == pytest.approx(3000 * (1 + call / 8), rel=0.01)  # plain
+    assert took <= 1.03 * best
+    assert any(heights)
+
+
+@pytest.mark.parametrize("call", [0.0, 0.8])
+@pytest.mark.parametrize("offer", [0.5, 1.0])
+def test_where_plain_steps_are_made_at_once_good_drafts_still_win(timed: Any, call: float, offer: float):
+    best = best_fixed(timed, 1.2, 0.05, always(0.9), 3000, call=call, offer=offer, run=8)
+    policy = Policy(16)
+    worlds = [World(1.2, 0.05, call=call, offer=offer, seed=s) for s in (3, 4)]
+    took = [timed(world, policy, always(0.9), 3000, run=8)[0] for world in worlds]
+    assert best < 0.7 * 3000
+    assert took[0] <= 1.2 * best  # steps without a draft use up what it may lose before it has won anything
+    assert took[1] <= 1.05 * best
+
+
+def test_to_think_is_paid_for_as_well(timed: Any, monkeypatch: pytest.MonkeyPatch):
+    """A choice takes as long as a plain step: choices become few."""
+    world, extra, thought = World(1.2, 0.5), Policy.extra, list[float]()
+
+    def slow(*args: Any) -> Any:
+        world.now += 1.0
+        thought.append(1.0)
+        return extra(*args)
+
+    monkeypatch.setattr(Policy, "extra", slow)
+    took, heights = timed(world, Policy(16), always(0.04), 3000)
+    assert any(heights)
+    assert took + sum(thought) <= 1.03 * 3000
+
+
+@pytest.mark.parametrize("call", [1.5, 3.0])
+def test_what_one_guess_cannot_bring_four_may(timed: Any, call: float):
+    """Drafts take three plain steps, of one guess or of sixteen: deeper ones are timed where they may pay."""
+    policy = Policy(16)
+    took = [timed(World(1.1, 0.0, call=call, seed=s), policy, always(0.9), 1000, run=8)[0] for s in range(3)]
+    best = best_fixed(timed, 1.1, 0.0, always(0.9), 1000, call=call, run=8)
+    assert best < 0.6 * 1000 * (1 + call / 8)
+    assert took[0] <= 1.4 * best
+    assert took[2] <= 1.05 * best
+
+
+def test_what_cannot_pay_is_seldom_timed(timed: Any):
+    """Four guesses that take eight plain steps: not even if they were all right, unless the machine changes."""
+    world, policy = World(15.0, 0.0, fixed=4), Policy(4)
+    _, heights = timed(world, policy, always(0.9), 4000, run=8)
+    tried = [i for i, height in enumerate(heights) if height]
+    assert 4 <= len(tried) <= 12
+    assert max(np.diff(tried)) >= limits.LONG
+    world.v = 1.2  # now they pay
+    _, heights = timed(world, policy, always(0.9), 4000, run=8)
+    assert sum(h > 0 for h in heights) > 600
+
+
+def test_sessions_that_wait_for_each_token_have_times_of_their_own(timed: Any):
+    """Drafts that beat single plain steps, and not those made at once: one policy serves both."""
+    policy = Policy(16)
+    for _ in range(3):
+        for run in (8, 1):
+            _, heights = timed(World(1.4, 0.3, call=1.5), policy, always(0.5), 1500, run=run)
+            drafted = sum(h > 0 for h in heights) / len(heights)
+            assert drafted < 0.05 if run > 1 else drafted > 0.5
 
 
 @pytest.mark.parametrize("offer", [0.1, 1.0])
@@ -312,11 +388,14 @@ def test_prompts_are_seldom_read_for_drafts_that_do_not_pay(timed: Any, read: fl
     assert all(any(heights) for _, heights in took)
 
 
-def best_fixed(timed: Any, v: float, c: float, chance: Chance, tokens: int, rows: int = 1, **more: Any) -> float:
+def best_fixed(
+    timed: Any, v: float, c: float, chance: Chance, tokens: int, rows: int = 1, run: int = 1, **more: Any
+) -> float:
     """Time of the best limit of all that there are."""
     tried = (0, 1, 2, 3, 4, 6, 8, 12, 16)
     return min(
-        np.mean([timed(World(v, c, seed=s, **more), d, chance, tokens, rows)[0] for s in range(3)]) for d in tried
+        np.mean([timed(World(v, c, seed=s, **more), d, chance, tokens, rows, run=run)[0] for s in range(3)])
+        for d in tried
     )
 
 
@@ -352,7 +431,7 @@ def test_limits_beyond_what_a_drafter_offers_are_not_tried_for_long(timed: Any):
     policy = Shallow(16)
     timed(World(1.1, 0.0), policy, lambda row, place, depth: 0.95 if depth <= 5 else 0.0, 600)
     assert len(asked - {0, 1, 2, 3, 4, 6}) <= 2
-    assert policy.candidates(policy.times[0]).tolist() == [1, 2, 3, 4, 6]
+    assert policy.candidates(policy.times[0, 1]) == [1, 2, 3, 4, 6]
 
 
 @pytest.mark.parametrize("offer", [0.1, 0.5])
@@ -469,7 +548,7 @@ def test_a_limit_that_stays_ends_with_the_account():
     """A limit stays for a few steps, but not for one more that the account does not cover."""
     policy = Policy(4)
     texts, rows = [[1]], policy.rows(1)
-    feed: Any = SimpleNamespace(texts=texts, count=[1], budget=99, batch=1)
+    feed: Any = SimpleNamespace(texts=texts, count=[1], budget=99, batch=1, run=1)
     policy.decide = lambda times, feed, rows: 0  # type: ignore
     policy.choose(feed, rows)
     for balance, limit in ((5.0, 3), (0.5, 0)):
@@ -487,17 +566,17 @@ def times_with(**seconds: float) -> Times:
 
 
 def test_times_between_and_behind_the_limits_that_were_timed():
-    assert Times().ratios(np.array([1, 4])).tolist() == [1.0, 1.0]
+    assert Times().ratios([1, 4]) == [1.0, 1.0]
     one = times_with(d0=2.0, d2=4.0)
-    assert one.ratios(np.array([1, 2, 4])).tolist() == pytest.approx([1.5, 2.0, 2.5])  # half as steep behind
+    assert one.ratios([1, 2, 4]) == pytest.approx([1.5, 2.0, 2.5])  # half as steep behind
     on_line = times_with(d0=2.0, d1=2.5, d4=4.0, d8=6.0)
-    assert on_line.ratios(np.array([1, 2, 3, 4, 8, 12])) == pytest.approx([1.25, 1.5, 1.75, 2.0, 3.0, 4.0])
-    assert Times(one).ratios(np.array([1, 2])) == pytest.approx([1.5, 2.0])  # another batch size begins with these
+    assert on_line.ratios([1, 2, 3, 4, 8, 12]) == pytest.approx([1.25, 1.5, 1.75, 2.0, 3.0, 4.0])
+    assert Times(one).ratios([1, 2]) == pytest.approx([1.5, 2.0])  # another batch size begins with these
     assert Times(one).due
 
 
 def test_times_never_fall_and_a_few_slow_steps_count_little():
-    limits = np.array([1, 2, 3, 4, 6, 8])
+    limits = [1, 2, 3, 4, 6, 8]
     steady = times_with(d0=1.0, d1=1.2, d2=1.25, d3=1.3, d4=1.35, d6=1.45, d8=1.55)
     before = steady.ratios(limits)
     for _ in range(7):
@@ -515,7 +594,7 @@ def test_times_never_fall_and_a_few_slow_steps_count_little():
 @pytest.mark.filterwarnings("error")
 def test_times_of_very_long_ago_still_say_something():
     """A million plain steps behind the last drafted one: answers so short that none is drafted for."""
-    times, limits = times_with(d0=1.0, d1=1.2, d2=1.4), np.array([1, 2, 4])
+    times, limits = times_with(d0=1.0, d1=1.2, d2=1.4), [1, 2, 4]
     times.count += 10**6
     assert times.ratios(limits) == pytest.approx([1.2, 1.4, 1.8])
 
@@ -525,11 +604,11 @@ def test_other_rows_are_not_timed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(limits, "perf_counter", lambda: now[0])
     policy = Policy(4)
     for texts in ([[1]], [[2]], [[3]]):
-        feed: Any = SimpleNamespace(texts=texts, count=[1], budget=9, batch=1)
+        feed: Any = SimpleNamespace(texts=texts, count=[1], budget=9, batch=1, run=1)
         rows = policy.rows(1)
         now[0] += 5.0
         policy.drafted(feed, rows, policy.choose(feed, rows), 0)
-    assert policy.times[0].typical == {}
+    assert policy.times[0, 1].typical == {}
     assert policy.balance == GRANT
 
 
@@ -537,7 +616,7 @@ def test_the_last_token_is_not_drafted_for():
     policy = Policy(4)
     policy.decide = lambda times, feed, rows: 4  # type: ignore
     for budget, limit in ((9, 4), (4, 3), (2, 1), (1, 0)):
-        feed: Any = SimpleNamespace(texts=[[1]], count=[1], budget=budget, batch=1)
+        feed: Any = SimpleNamespace(texts=[[1]], count=[1], budget=budget, batch=1, run=1)
         assert policy.choose(feed, policy.rows(1)) == limit
 
 
@@ -581,7 +660,8 @@ def test_decoding_by_its_own_clock_changes_nothing(temperature: float):
     for name, how in (("draft_model", {"path": draft}), ("suffix", {}), ("lookahead", {"window": 3})):
         drafter = make_drafter(name, target, how | {"adaptive": True})
         assert isinstance(drafter, Adaptive) and isinstance(drafter.policy, Policy)
-        drafter.policy.prefill = inf  # reading prompts takes longer than steps of so small a model
+        drafter.policy.prefill = inf  # reading prompts takes longer than steps of so small a model, as do decisions
+        drafter.policy.balance = MOST
         rows = decode_all(target, drafter, requests, Match(), batch_size=3)
         assert [row.output for row in rows] == want
         assert max(max(times.typical) for times in drafter.policy.times.values()) > 0  # it did draft
@@ -652,7 +732,7 @@ def test_adaptive_sessions_have_the_models_joint_law(rule: str, wrong: bool, mon
     """The engine, real models and the policy by a made-up clock: the law of four tokens."""
     target, length, batch, count = tiny(0), 4, 500, 16
     now = [0.0]
-    monkeypatch.setattr(limits, "perf_counter", lambda: now.__setitem__(0, now[0] + 1.0) or now[0])
+    monkeypatch.setattr(limits, "perf_counter", lambda: now[0])
     drafter = (Picky if wrong else Adaptive)(make_drafter("draft_model", target, {"path": tiny(1), "depth": 3}))
     outputs, heights = list[list[int]](), set[int]()
     for n in range(count):
@@ -665,6 +745,7 @@ def test_adaptive_sessions_have_the_models_joint_law(rule: str, wrong: bool, mon
         )
         while session.running:
             session.step()
+            now[0] += 1.0
             heights.add(max(session.state.rows.limits))
         outputs += [row.output for row in session.rows]
     assert heights >= {1, 2}

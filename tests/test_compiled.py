@@ -11,8 +11,8 @@ import torch
 
 import foretoken
 from foretoken.compiled import CompiledTarget
-from foretoken.decode import Request, Session
-from foretoken.drafter import RUN, Feed, Needs, Stateless
+from foretoken.decode import RUN, Request, Session
+from foretoken.drafter import Feed, Needs, Stateless
 from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.sampling import Sampling

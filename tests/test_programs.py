@@ -21,7 +21,7 @@ from foretoken.attention import adopt
 from foretoken.background import main
 from foretoken.cache import SlotCache
 from foretoken.compiled import CompiledTarget, key_of
-from foretoken.drafters import make_drafter, none
+from foretoken.drafters import make_drafter
 from foretoken.errors import UserError
 from foretoken.generation import requests_for
 from foretoken.sampling import Sampling
@@ -197,7 +197,7 @@ def test_steps_in_a_row_have_the_bits_of_single_ones(
     step, sampling = steps["sliding"], Sampling(temperature=temperature, seed=2)
     sessions: list[foretoken.Session] = []
     for times in (8, 1):
-        monkeypatch.setattr(none, "RUN", times)
+        monkeypatch.setattr("foretoken.decode.RUN", times)
         requests = requests_for(step, [prompt(n, n)[0].tolist() for n in (4, 31)], sampling, max_new_tokens=30)
         requests[1] = replace(requests[1], max_new_tokens=5)
         session = foretoken.Session(step, make_drafter("none", step), requests)

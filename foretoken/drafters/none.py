@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from foretoken.drafter import RUN, Feed, Needs, Stateless
+from foretoken.drafter import Feed, Needs, Stateless
 from foretoken.target import Target
 from foretoken.tree import Draft, chain
 
@@ -19,7 +19,7 @@ class Plain:
         return Stateless()
 
     def propose(self, feed: Feed, state: Stateless) -> Draft:
-        return replace(chain(feed.root.unsqueeze(1)), times=RUN)
+        return replace(chain(feed.root.unsqueeze(1)), times=feed.run)
 
 
 def build(target: Target, config: Config) -> Plain:
