@@ -201,7 +201,7 @@ class Session:
             return self._at_once(draft) or self._by_parts(draft)
 
     @property
-    def at_once(self) -> int:
+    def longest_run(self) -> int:
         """Plain steps that may be made in one call: one where somebody waits for each token."""
         waits = any(r.stream is not None or r.request.until is not None or r.request.logprobs for r in self.rows)
         return 1 if waits or not self.target.repeats(self.sampler, self.rule) else RUN
@@ -257,7 +257,7 @@ class Session:
             emitted=step.emitted,
             last=step.last,
             cache=self.cache,
-            run=self.at_once,
+            run=self.longest_run,
         )
 
     def _hand_out(self, new: Tensor, accepted: Accepted, logits: Tensor) -> tuple[list[int], list[list[int]]]:

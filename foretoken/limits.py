@@ -32,7 +32,7 @@ UNKNOWN = 1.5
 NOMINAL = 1.0
 """The same of a draft before which the drafter read prompts: what that takes has an account of its own."""
 PAUSE = 3.0
-"""A step that took so many times what is usual was interrupted: no more is charged."""
+"""A step that took so many times what is usual was interrupted, as was a choice so long: no more is charged."""
 FIRST, LAST = 8, 32
 """Plain steps before drafting is tried again, at first and after many failures."""
 HOPELESS, LONG = 0.9, 512
@@ -176,7 +176,7 @@ class Policy:
             self.limit = self.decide(times, feed, rows) if feed.budget > 1 else 0
         self.last = Asked(feed.texts, now, self.limit > 0, 0, rows.behind, self.limit > 0 and rows.fresh)
         if not self.limit and times.plain:
-            self.balance -= (perf_counter() - now) / times.typical[0]  # to think costs time as well
+            self.balance -= min((perf_counter() - now) / times.typical[0], PAUSE)  # to think costs time as well
         return min(self.limit, feed.budget - 1)
 
     def barred(self, times: Times, rows: Rows) -> bool:

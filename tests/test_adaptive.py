@@ -342,6 +342,20 @@ def test_to_think_is_paid_for_as_well(timed: Any, monkeypatch: pytest.MonkeyPatc
     assert took + sum(thought) <= 1.03 * 3000
 
 
+def test_an_interrupted_choice_is_not_paid_for(monkeypatch: pytest.MonkeyPatch):
+    """Somebody else had the processor for a thousand steps: that bars no draft."""
+    now, policy = [0.0], Policy(4)
+    monkeypatch.setattr(limits, "perf_counter", lambda: now[0])
+    feed: Any = SimpleNamespace(texts=[[1]], count=[1], budget=9, batch=1, run=1)
+    rows = policy.rows(1)
+    pauses = iter((0.0, 1000.0))
+    policy.decide = lambda times, feed, rows: now.__setitem__(0, now[0] + next(pauses)) or 0  # type: ignore
+    for _ in range(2):
+        policy.drafted(feed, rows, policy.choose(feed, rows), 0)
+        now[0] += 1.0
+    assert policy.balance == pytest.approx(GRANT + RATE - limits.PAUSE)
+
+
 @pytest.mark.parametrize("call", [1.5, 3.0])
 def test_what_one_guess_cannot_bring_four_may(timed: Any, call: float):
     """Drafts take three plain steps, of one guess or of sixteen: deeper ones are timed where they may pay."""
