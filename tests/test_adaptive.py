@@ -356,6 +356,16 @@ def test_an_interrupted_choice_is_not_paid_for(monkeypatch: pytest.MonkeyPatch):
     assert policy.balance == pytest.approx(GRANT + RATE - limits.PAUSE)
 
 
+def test_a_deeper_limit_is_tried_if_it_may_pay_where_one_guess_does_not():
+    """One guess takes three plain steps. If four take no longer they pay."""
+    policy = Policy(16)
+    policy.balance, policy.rested = MOST, True
+    feed: Any = SimpleNamespace(texts=[[1]], count=[1], budget=99, batch=1, run=1)
+    rows = policy.rows(1)
+    rows.limits = [0]
+    assert policy.decide(times_with(d0=1.0, d1=3.0), feed, rows) == 4
+
+
 @pytest.mark.parametrize("call", [1.5, 3.0])
 def test_what_one_guess_cannot_bring_four_may(timed: Any, call: float):
     """Drafts take three plain steps, of one guess or of sixteen: deeper ones are timed where they may pay."""
