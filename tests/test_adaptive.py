@@ -329,7 +329,7 @@ def test_where_plain_steps_are_made_at_once_good_drafts_still_win(timed: Any, ca
 
 def test_to_think_is_paid_for_as_well(timed: Any, monkeypatch: pytest.MonkeyPatch):
     """A choice takes as long as a plain step: choices become few."""
-    world, extra, thought = World(1.2, 0.5), Policy.extra, list[float]()
+    world, extra, thought = World(1.2, 0.1), Policy.extra, list[float]()
 
     def slow(*args: Any) -> Any:
         world.now += 1.0
@@ -339,7 +339,7 @@ def test_to_think_is_paid_for_as_well(timed: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Policy, "extra", slow)
     took, heights = timed(world, Policy(16), always(0.04), 3000)
     assert any(heights)
-    assert took + sum(thought) <= 1.03 * 3000
+    assert took + sum(thought) <= (1 + RATE) * 3000 + 2 * GRANT
 
 
 def test_an_interrupted_choice_is_not_paid_for(monkeypatch: pytest.MonkeyPatch):
