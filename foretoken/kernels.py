@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,16 @@ def room_like(x: Tensor, values: int) -> Tensor:
     return x.new_empty(values)
 
 
-def packed_like(weight: Tensor) -> Tensor:
-    """[blocks, cells, outputs of a block, values of a cell] of a weight [outputs, inputs]."""
-    lanes, pair = (8, 1) if weight.dtype == torch.float64 else (16, 2 if weight.dtype == torch.bfloat16 else 1)
-    outputs, inputs = weight.shape
-    return weight.new_empty((-(-outputs // (2 * lanes)), -(-inputs // pair), 2 * lanes, pair))
+def packed_shape(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    """(blocks, cells, outputs of a block, values of a cell) of weights [outputs, inputs], one below the other."""
+    dtype, inputs = weights[0].dtype, weights[0].shape[1]
+    lanes, pair = (8, 1) if dtype == torch.float64 else (16, 2 if dtype == torch.bfloat16 else 1)
+    outputs = sum(len(weight) for weight in weights)
+    return -(-outputs // (2 * lanes)), -(-inputs // pair), 2 * lanes, pair
+
+
+def pack_like(packed: Tensor, weights: list[Tensor]) -> None:
+    """Nothing comes out."""
 
 
 def linear_like(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
@@ -125,7 +131,7 @@ def move_like(stores: list[Tensor], path: Tensor, length: Tensor, count: Tensor)
 
 SHAPES = {
     "room": room_like,
-    "pack": packed_like,
+    "pack": pack_like,
     "linear": linear_like,
     "attend": attend_like,
     "keep": keep_like,

@@ -7,12 +7,13 @@ none and serves every checkpoint of the same shape.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from foretoken.kernels import packed_like
+from foretoken.kernels import packed_shape
 
 ops: Any = torch.ops
 LINEAR = ops.aten.linear.default
@@ -186,32 +187,34 @@ def tensors(
     blank: tensors like them in memory that nobody wrote, so that compiling needs no second set of weights.
     """
     found: list[Tensor] = []
-    for source in sources:
+    places = {} if blank else rooms(sources, module)
+    for i, source in enumerate(sources):
         if source.kind == "constant":
             found.append(constants[source.names[0]])
             continue
         parts = parts_of(source, module)
-        if source.kind in PACKED:
-            found.append(packed_like(parts[0].new_empty(sum(len(p) for p in parts), parts[0].shape[1])))
-        else:
+        if source.kind not in PACKED:
             like = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
             found.append(like if blank else parts[0].contiguous())
-    if not blank:
-        pack_into_rooms(found, sources, module)
+        elif blank:
+            found.append(parts[0].new_empty(packed_shape(parts)))
+        else:
+            ops.foretoken.pack(places[i], parts)
+            found.append(places[i])
     return found
 
 
-def pack_into_rooms(found: list[Tensor], sources: Sequence[Source], module: nn.Module) -> None:
-    """Put packed weights for blank ones, those of one type one behind the other."""
-    packed = [i for i, source in enumerate(sources) if source.kind in PACKED]
-    for dtype in {found[i].dtype for i in packed}:
-        members = [i for i in packed if found[i].dtype == dtype]
-        sizes = [found[i].numel() for i in members]
-        room = ops.foretoken.room(found[members[0]], sum(sizes))
-        for i, place in zip(members, room.split(sizes), strict=True):
-            parts = parts_of(sources[i], module)
-            found[i] = place.view_as(found[i])
-            found[i].copy_(ops.foretoken.pack(parts[0] if len(parts) == 1 else torch.cat(parts)))
+def rooms(sources: Sequence[Source], module: nn.Module) -> dict[int, Tensor]:
+    """Memory for packed weights by the number of their source, those of one type one behind the other."""
+    parts = {i: parts_of(source, module) for i, source in enumerate(sources) if source.kind in PACKED}
+    found: dict[int, Tensor] = {}
+    for dtype in {weights[0].dtype for weights in parts.values()}:
+        shapes = {i: packed_shape(weights) for i, weights in parts.items() if weights[0].dtype == dtype}
+        sizes = [prod(shape) for shape in shapes.values()]
+        room = ops.foretoken.room(torch.empty(0, dtype=dtype), sum(sizes))
+        for (i, shape), place in zip(shapes.items(), room.split(sizes), strict=True):
+            found[i] = place.view(shape)
+    return found
 
 
 def parts_of(source: Source, module: nn.Module) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The operators of `cpu/kernels.cpp` against obvious references in torch."""
 
 import shutil
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,19 @@ def numbers(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
 # pack and linear
 
 
+def packed_of(*weights: Tensor) -> Tensor:
+    """Weights packed, one below the other."""
+    packed = weights[0].new_full(kernels.packed_shape(weights), nan)
+    ops.pack(packed, weights)
+    return packed
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (5, 7), (31, 33), (64, 32), (130, 65), (257, 100)])
 def test_a_linear_layer_is_a_product(inputs: int, outputs: int, dtype: torch.dtype):
     """In every count of rows, with and without bias, to the last bit whatever the other rows."""
     weight, bias = numbers(outputs, inputs, dtype=dtype), numbers(outputs, dtype=dtype, seed=1)
-    packed = ops.pack(weight)
-    assert packed.shape == kernels.packed_like(weight).shape
+    packed = packed_of(weight)
     x = numbers(70, inputs, dtype=dtype, seed=2)
     whole, plain = ops.linear(x, packed, bias, outputs), ops.linear(x, packed, None, outputs)
     want = functional.linear(x.double(), weight.double(), bias.double())
@@ -53,13 +60,25 @@ def test_a_linear_layer_is_a_product(inputs: int, outputs: int, dtype: torch.dty
 
 
 def test_a_weight_packed_for_other_inputs_is_refused():
-    packed = ops.pack(numbers(40, 16, dtype=torch.float32))
+    packed = packed_of(numbers(40, 16, dtype=torch.float32))
     x = numbers(2, 16, dtype=torch.float32)
     for wrong, outputs in ((numbers(2, 17, dtype=torch.float32), 40), (x, 65), (x.double(), 40)):
         with pytest.raises(RuntimeError, match="a weight packed for other inputs"):
             ops.linear(wrong, packed, None, outputs)
     with pytest.raises(RuntimeError, match="take float32, float64 and bfloat16, not Half"):
-        ops.pack(numbers(4, 4, dtype=torch.float16))
+        packed_of(numbers(4, 4, dtype=torch.float16))
+
+
+def test_weights_one_below_the_other_are_packed_as_one():
+    """Wherever their rows begin, and turned ones where they lie."""
+    for dtype in DTYPES:
+        parts = numbers(7, 33, dtype=dtype), numbers(33, 40, dtype=dtype, seed=1).t(), numbers(5, 33, dtype=dtype, seed=2)
+        assert torch.equal(packed_of(*parts), packed_of(torch.cat(parts)))
+    for wrong in (numbers(4, 6), numbers(4, 5).float()):
+        with pytest.raises(RuntimeError, match="weights of several types or widths"):
+            packed_of(numbers(4, 5), wrong)
+    with pytest.raises(RuntimeError, match="a place of other sizes than the weights packed"):
+        ops.pack(torch.empty(1, 5, 16, 1, dtype=torch.float64), [numbers(17, 5)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -90,14 +90,27 @@ PROBE = """
 import re, sys
 from pathlib import Path
 import torch, foretoken.loading
+from foretoken.kernels import load_kernels
+from foretoken.lowering import Source, tensors
 from transformers import LlamaForCausalLM
 
 def held(what):
     return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
+def packed(path):
+    model = foretoken.loading.load(path, device="cpu").model
+    groups = "self_attn.q self_attn.k self_attn.v", "self_attn.o", "mlp.gate mlp.up", "mlp.down"
+    layers = [[f"model.layers.{i}.{n}_proj.weight" for n in g.split()] for i in range(4) for g in groups]
+    sources = [Source("packed", tuple(names)) for names in [*layers, ["lm_head.weight"]]]
+    model.packed = tensors(sources, model, {})
+    return model
+
 how, model, warm = sys.argv[1:]
 if how == "transformers":
     load = lambda path: LlamaForCausalLM.from_pretrained(path, dtype="float16")
+elif how == "packed":
+    load_kernels()
+    load = packed
 else:
     load = lambda path: foretoken.loading.load(path, dtype=how.strip("-") or None, device="cpu").model
 load(warm)  # libraries are in memory
@@ -130,6 +143,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("-", 0.0, 0.1, 0.0),  # as saved: not a byte is read before it is used, nor copied then
         ("float16", 0.9, 1.1, 1.0),
         ("float32", 0.9, 1.1, 1.0),
+        ("packed", 1.3, 1.5, 0.7),  # all but the embedding of inputs: once as a file, once packed, and no third time
         ("transformers", 1.5, 2.2, 1.0),  # maps all of the file while it converts: what ours is for
     ],
 )

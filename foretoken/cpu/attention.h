@@ -410,7 +410,9 @@ void attend_chunk(const Head<T>& h, const Head<T>* next, Room& room, typename Ki
   }
   for (int64_t q = 0; branches && q < Q; q++) {
     const int64_t n = q / h.G, begin = std::max(low, h.length), end = std::min(high, h.length + room.depth[n]);
-    const auto node = [&](int64_t p) { return h.value(h.length + room.path[n * h.M + p - h.length]); };
+    const auto node = [&](int64_t p) {  // also asked for what lies behind the end, to be fetched
+      return h.value(h.length + room.path[n * h.M + std::min(p, end - 1) - h.length]);
+    };
     mix_few<T, 1>(node, begin, end, scores + q * stride + (begin - low), stride, sums + q * h.E, h.E);
   }
 }

@@ -17,6 +17,8 @@
 #include <torch/library.h>
 
 #include <cstdlib>
+#include <utility>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -54,27 +56,32 @@ Tensor room(const Tensor& x, int64_t values) {
   return at::from_blob(begin, {values}, [](void* p) { std::free(p); }, x.options());
 }
 
-// [ceil(N / block), ceil(K / pair), block, pair] of a weight [N, K], zeros where there is none.
-Tensor pack(const Tensor& weight) {
-  const Tensor w = weight.contiguous();
-  Tensor out;
-  by_type(w, [&](auto zero) {
+// Put weights [N, K], one below the other, into `packed` [ceil(N / block), ceil(K / pair), block, pair]; zeros where
+// there is none. Straight from where they lie: no second copy of a weight is ever held.
+void pack(Tensor& packed, at::TensorList weights) {
+  by_type(packed, [&](auto zero) {
     using T = decltype(zero);
     constexpr int64_t P = Kind<T>::pair, BLOCK = block_of<T>();
-    const int64_t N = w.size(0), K = w.size(1), cells = (K + P - 1) / P, blocks = (N + BLOCK - 1) / BLOCK;
-    out = at::empty({blocks, cells, BLOCK, P}, w.options());
-    const T* from = w.const_data_ptr<T>();
-    T* to = out.data_ptr<T>();
+    const int64_t K = weights[0].size(1), cells = (K + P - 1) / P;
+    std::vector<std::pair<const T*, int64_t>> rows;  // where each begins, and from value to value
+    for (const Tensor& w : weights) {
+      TORCH_CHECK(w.scalar_type() == packed.scalar_type() && w.size(1) == K, "weights of several types or widths");
+      for (int64_t n = 0; n < w.size(0); n++) rows.emplace_back(w.const_data_ptr<T>() + n * w.stride(0), w.stride(1));
+    }
+    const int64_t N = rows.size(), blocks = (N + BLOCK - 1) / BLOCK;
+    TORCH_CHECK(packed.is_contiguous() && packed.sizes() == at::IntArrayRef({blocks, cells, BLOCK, P}),
+                "a place of other sizes than the weights packed");
+    T* to = packed.data_ptr<T>();
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; block++)
-        for (int64_t n = 0; n < BLOCK; n++)
-          for (int64_t k = 0; k < cells * P; k++) {
-            const int64_t row = block * BLOCK + n;
-            to[((block * cells + k / P) * BLOCK + n) * P + k % P] = row < N && k < K ? from[row * K + k] : T(0);
-          }
+        for (int64_t n = 0; n < BLOCK; n++) {
+          const int64_t row = block * BLOCK + n;
+          const auto [from, step] = row < N ? rows[row] : std::pair<const T*, int64_t>{};
+          for (int64_t k = 0; k < cells * P; k++)
+            to[((block * cells + k / P) * BLOCK + n) * P + k % P] = from && k < K ? from[k * step] : T(0);
+        }
     });
   });
-  return out;
 }
 
 // [..., outputs] of x [..., K] and a packed weight.
@@ -179,7 +186,7 @@ TORCH_LIBRARY_FRAGMENT(foretoken, m) {
     if (!c10::Dispatcher::singleton().findSchema({"foretoken::" + name, ""})) m.def((name + signature).c_str());
   };
   define("room", "(Tensor x, int values) -> Tensor");
-  define("pack", "(Tensor weight) -> Tensor");
+  define("pack", "(Tensor(a!) packed, Tensor[] weights) -> ()");
   define("linear", "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
   define("keep", "(Tensor x) -> Tensor");
   define("write", "(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor slot) -> ()");
