@@ -72,7 +72,8 @@ def test_a_weight_packed_for_other_inputs_is_refused():
 def test_weights_one_below_the_other_are_packed_as_one():
     """Wherever their rows begin, and turned ones where they lie."""
     for dtype in DTYPES:
-        parts = numbers(7, 33, dtype=dtype), numbers(33, 40, dtype=dtype, seed=1).t(), numbers(5, 33, dtype=dtype, seed=2)
+        first, turned, last = (numbers(*size, dtype=dtype) for size in ((7, 33), (33, 40), (5, 33)))
+        parts = first, turned.t(), last
         assert torch.equal(packed_of(*parts), packed_of(torch.cat(parts)))
     for wrong in (numbers(4, 6), numbers(4, 5).float()):
         with pytest.raises(RuntimeError, match="weights of several types or widths"):
