@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--steps N] [--out benchmarks/memory.json]
 
 loading  the most that a process held while it loaded a Llama of random bfloat16 weights and read 8 tokens, beyond what
-         it held before, over the bytes of the weights: in all, and without the pages of files, which the system can
-         drop. From one file and from shards, in the dtype saved and in others; with a compiled step, whose weights are
+         it held before, over the bytes of the weights; and what it held then without the pages of files, which the
+         system can drop. From one file and from shards, in the dtype saved and in others; with a compiled step, whose weights are
          packed beside the model's (run twice: the first run may compile); transformers' own loading beside it.
 steps    what a process held while requests were decoded three at a time, and others took the place of those that ended:
          after a tenth of the steps, and the most and the last after them.
@@ -75,17 +75,19 @@ def checkpoints(folder: Path) -> dict[str, Path]:
 def loading(path: str, loader: str, dtype: str) -> dict[str, Any]:
     """Of this process: memory over weights, at most while loading, after it, and after the first forward."""
 
-    def read(source: str | Path) -> LlamaForCausalLM:
+    def read(source: str | Path) -> tuple[Any, torch.nn.Module]:
+        """What holds the weights, and the model."""
         if loader == "transformers":
-            return LlamaForCausalLM.from_pretrained(source, dtype=dtype)
-        target = load(source, dtype=dtype, device="cpu", compile=loader == "compiled")
-        return target.settled().model  # pyright: ignore[reportReturnType]
+            model = LlamaForCausalLM.from_pretrained(source, dtype=dtype)
+            return model, model
+        target = load(source, dtype=dtype, device="cpu", compile=loader == "compiled").settled()
+        return target, target.model
 
-    read(ASSETS / "stories260K")(torch.arange(8)[None])  # libraries are loaded
+    read(ASSETS / "stories260K")[1](torch.arange(8)[None])  # libraries are loaded
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = {what: held(what) for what in ("VmRSS", "RssAnon")}
-    model = read(path)
+    _holder, model = read(path)
     weights = sum(p.nbytes for p in model.parameters())
     found = {
         "weights": weights,
@@ -111,21 +113,24 @@ def growth(case: str, asked: int) -> dict[str, Any]:
         "medusa": {"path": str(ASSETS / "stdlib5M-medusa")},
     }
     drafter = make_drafter(name, target, settings.get(name, {}))
-    seen: list[int] = []
+    steps, most, last = 0, [0, 0], [0, 0]  # of the first tenth and of the rest; a list of all steps would be growth
 
     def on_step(_: Session) -> None:
-        seen.append(held("VmRSS"))
+        nonlocal steps
+        part = steps >= asked // 10
+        last[part] = held("VmRSS")
+        most[part] = max(most[part], last[part])
+        steps += 1
 
     numbers = count()
-    while len(seen) < asked:
+    while steps < asked:
         decode_all(target, drafter, requests(numbers), Match(), batch_size=ROWS, on_step=on_step)
-    warm, rest = seen[: asked // 10], seen[asked // 10 :]
     return {
-        "steps": len(seen),
+        "steps": steps,
         "requests": next(numbers),
-        "held": warm[-1],
-        "growth": rest[-1] - warm[-1],
-        "most_growth": max(rest) - max(warm),
+        "held": last[0],
+        "growth": last[1] - last[0],
+        "most_growth": most[1] - most[0],
     }
 
 
