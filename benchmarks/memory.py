@@ -4,8 +4,8 @@
 
 loading  the most that a process held while it loaded a Llama of random bfloat16 weights and read 8 tokens, beyond what
          it held before, over the bytes of the weights; and what it held then without the pages of files, which the
-         system can drop. From one file and from shards, in the dtype saved and in others; with a compiled step, whose weights are
-         packed beside the model's (run twice: the first run may compile); transformers' own loading beside it.
+         system can drop. From one file and from shards, in the dtype saved and in others; with a compiled step, whose
+         weights are packed beside the model's (run twice: the first run may compile); transformers' own loading.
 steps    what a process held while requests were decoded three at a time, and others took the place of those that ended:
          after a tenth of the steps, and the most and the last after them.
 
